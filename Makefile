@@ -1,0 +1,67 @@
+# Every target calls a small script; `make` lists them.
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# A question may hold any character: it travels in the environment, not through
+# a shell's command line.
+export Q
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+## ---- try it
+
+.PHONY: demo
+demo: venv ## Provision an emulated K80 server here and chat with it
+	@tools/demo up
+
+.PHONY: chat
+chat: venv ## Chat with the demo in the terminal
+	@tools/demo chat
+
+.PHONY: ask
+ask: venv ## Ask the demo one question: make ask Q='Why is the sky blue?'
+	@tools/demo ask
+
+.PHONY: demo-down
+demo-down: venv ## Stop the demo and remove its server
+	@tools/demo down
+
+## ---- test it
+
+.PHONY: test
+test: test-fast test-molecule ## Every check and test (needs Docker; up to 40 minutes)
+
+.PHONY: test-fast
+test-fast: lint test-package test-unit ## All that needs no Docker (under 3 minutes)
+
+.PHONY: lint
+lint: venv ## All lints
+	@tools/lint
+
+.PHONY: test-unit
+test-unit: venv ## Tests of the roles' checks, of the inventory and of the tools
+	@pytest tests
+
+.PHONY: test-package
+test-package: venv ## Tests of vllm_k80, in the Python environment of the image
+	@tools/package-env
+	@cd vllm-k80-src && ../build/py311/bin/python -m pytest
+
+.PHONY: test-molecule
+test-molecule: venv ## The molecule scenarios, on an emulated server
+	@pytest tests -m molecule --capture=no
+
+## ---- keep it
+
+.PHONY: venv
+venv: .venv/stamp ## Install Ansible and the test tools into .venv
+	@:
+
+.venv/stamp: requirements.lock tools/venv
+	@tools/venv
+
+.PHONY: lock
+lock: venv ## Renew requirements.lock from requirements.in
+	@tools/lock
