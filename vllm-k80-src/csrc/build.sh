@@ -1,0 +1,34 @@
+#!/bin/sh
+# Compiles the kernels into one fat binary: code for the K80 (sm_37) and PTX that any newer
+# GPU can translate, which is how the same kernels are tested where there is no K80.
+#
+#   build.sh OUT        writes OUT/vllm_k80.fatbin
+#   NVCC=/path/to/nvcc  a CUDA 11.x compiler (11.8 is the last that knows the card)
+#   VLLM_K80_CUDA_ARCHS="3.7"  compute capabilities to compile for, space separated
+set -eu
+
+out=${1:?usage: build.sh OUTPUT_DIRECTORY}
+source=$(dirname "$0")
+nvcc=${NVCC:-nvcc}
+mkdir -p "$out"
+
+release=$("$nvcc" --version | sed -n 's/.*release \([0-9]*\)\..*/\1/p')
+if [ "$release" != 11 ]; then
+    echo "build.sh: $nvcc is of CUDA ${release:-(unknown)}; the K80 needs a CUDA 11 compiler (11.8 is the last that knows it)." >&2
+    exit 1
+fi
+# nvcc takes ptxas from PATH: one of another CUDA would refuse sm_37.
+PATH=$(dirname "$(command -v "$nvcc")"):$PATH
+
+gencode=
+for arch in ${VLLM_K80_CUDA_ARCHS:-3.7}; do
+    number=$(echo "$arch" | tr -d .)
+    gencode="$gencode -gencode arch=compute_$number,code=[sm_$number,compute_$number]"
+done
+
+# The kernels do not call each other, so one translation unit is the whole program.
+cat "$source"/*.cu > "$out/vllm_k80.cu"
+# shellcheck disable=SC2086  # gencode is a list of words
+"$nvcc" -O3 -std=c++14 -Wno-deprecated-gpu-targets -Xptxas -warn-spills \
+    $gencode -fatbin -o "$out/vllm_k80.fatbin" "$out/vllm_k80.cu"
+rm "$out/vllm_k80.cu"

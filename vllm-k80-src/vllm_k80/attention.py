@@ -1,0 +1,178 @@
+"""The attention backend: our operator on vLLM's paged KV cache.
+
+It answers to vLLM's backend name XFORMERS, the one that vLLM's own code took for cards
+before FlashAttention.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.attention.backends.abstract import AttentionBackend, AttentionImpl, AttentionType
+from vllm.v1.attention.backends.utils import AttentionMetadataBuilder, CommonAttentionMetadata
+
+from vllm_k80 import ops  # noqa: F401  (defines torch.ops.vllm_k80)
+
+# The references take any; multiples of 8 keep an FP16 row aligned for 16-byte loads.
+_HEAD_SIZES = list(range(8, 257, 8))
+
+
+@dataclass
+class K80AttentionMetadata:
+    """One batch: where each sequence's queries and cache pages are.
+
+    Shapes are those of the operator `varlen_attention`; the first two tensors are on the host,
+    so that no operator waits for the device to learn them.
+    """
+
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+    slot_mapping: Tensor
+    num_actual_tokens: int
+
+
+class K80MetadataBuilder(AttentionMetadataBuilder[K80AttentionMetadata]):
+    """Builds the metadata of a batch from what is common to all backends."""
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        self.kv_cache_spec = kv_cache_spec
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> K80AttentionMetadata:
+        common = common_attn_metadata
+        return K80AttentionMetadata(
+            query_start_loc=common.query_start_loc_cpu[: common.num_reqs + 1],
+            seq_lens=common.seq_lens_cpu[: common.num_reqs],
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping[: common.num_actual_tokens],
+            num_actual_tokens=common.num_actual_tokens,
+        )
+
+
+class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
+    """Attention of one layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+    ) -> None:
+        if attn_type != AttentionType.DECODER:
+            raise ValueError(
+                f"Attention of type {attn_type} is not served on a K80: only decoder self-attention "
+                f"has an operator. Choose a decoder-only model."
+            )
+        if kv_cache_dtype != "auto":
+            raise ValueError(
+                f"--kv-cache-dtype {kv_cache_dtype}: on a K80 the KV cache has the dtype of the "
+                f"activations. Remove the flag."
+            )
+        self.scale = float(scale)
+        self.window = sliding_window or 0
+        self.soft_cap = logits_soft_cap or 0.0
+        self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes)
+        self.shares_cache = kv_sharing_target_layer_name is not None
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: K80AttentionMetadata | None,
+        output: Tensor | None = None,
+        output_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Write the new keys and values, then attend.
+
+        Args:
+            query: [tokens, heads, head_size]; key, value: [tokens, kv_heads, head_size].
+            kv_cache: [2, blocks, block_size, kv_heads, head_size].
+            attn_metadata: None in vLLM's memory profiling run.
+            output: like query, written in place.
+        """
+        assert output is not None
+        if attn_metadata is None:
+            return output
+        if not self.shares_cache:
+            torch.ops.vllm_k80.reshape_and_cache(key, value, kv_cache, attn_metadata.slot_mapping)
+        if self.alibi_slopes is not None and self.alibi_slopes.device != query.device:
+            self.alibi_slopes = self.alibi_slopes.to(query.device)
+        torch.ops.vllm_k80.varlen_attention(
+            query[: attn_metadata.num_actual_tokens],
+            kv_cache,
+            output,
+            attn_metadata.query_start_loc,
+            attn_metadata.seq_lens,
+            attn_metadata.block_table,
+            self.scale,
+            self.window,
+            self.soft_cap,
+            self.alibi_slopes,
+        )
+        return output
+
+
+class K80AttentionBackend(AttentionBackend):
+    """What vLLM's model runner asks of an attention backend."""
+
+    accept_output_buffer = True
+
+    @staticmethod
+    def get_name() -> str:
+        return "XFORMERS_VLLM_V1"
+
+    @classmethod
+    def get_supported_dtypes(cls) -> list[torch.dtype]:
+        return [torch.float32, torch.float16]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return _HEAD_SIZES
+
+    @classmethod
+    def validate_head_size(cls, head_size: int) -> None:
+        if head_size not in _HEAD_SIZES:
+            raise ValueError(
+                f"Attention heads of size {head_size} are not served on a K80: multiples of 8 up "
+                f"to {_HEAD_SIZES[-1]} are."
+            )
+
+    @staticmethod
+    def get_impl_cls() -> type[K80AttentionImpl]:
+        return K80AttentionImpl
+
+    @staticmethod
+    def get_metadata_cls() -> type[K80AttentionMetadata]:
+        return K80AttentionMetadata
+
+    @staticmethod
+    def get_builder_cls() -> type[K80MetadataBuilder]:
+        return K80MetadataBuilder
+
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int
+    ) -> tuple[int, ...]:
+        return (2, num_blocks, block_size, num_kv_heads, head_size)
+
+    @staticmethod
+    def use_cascade_attention(*_: Any, **__: Any) -> bool:
+        return False

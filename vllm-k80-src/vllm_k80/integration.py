@@ -1,0 +1,32 @@
+"""Puts our operators where vLLM looks for its own. Runs once in every vLLM process."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+def install() -> None:
+    """Register layers and quantizations, and replace what upstream keys on ``is_cuda``."""
+    import vllm._custom_ops
+    import vllm.model_executor.layers.linear
+    import vllm.model_executor.layers.vocab_parallel_embedding
+
+    from vllm_k80 import layers
+    from vllm_k80.quantization import gguf
+
+    gguf.register()
+
+    # Upstream's registry hook covers custom operators; linear layers without quantization
+    # ask this function instead, by the name that these two modules imported.
+    def dispatch_unquantized_gemm() -> Callable[..., Any]:
+        return layers.unquantized_gemm
+
+    for module in (
+        vllm.model_executor.layers.linear,
+        vllm.model_executor.layers.vocab_parallel_embedding,
+    ):
+        module.dispatch_unquantized_gemm = dispatch_unquantized_gemm
+
+    # Upstream takes its compiled operator wherever the logits are on a GPU; it is not built here.
+    vllm._custom_ops.apply_repetition_penalties = (
+        vllm._custom_ops.apply_repetition_penalties_torch
+    )

@@ -1,0 +1,61 @@
+"""The operators ``torch.ops.vllm_k80.*``: the only door between vLLM's layers and our kernels.
+
+Every operator has a reference in plain torch (`reference`), which runs on a CPU and, until an
+operator has a kernel of its own, on a GPU. Kernels (`kernels`) are launched through the CUDA
+driver API and are used where a GPU and the compiled fat binary are there.
+
+Importing this module defines the operators. `CALLS` counts the calls of each in this process:
+how a test proves that a layer went through here.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vllm_k80.ops import kernels, reference
+
+CALLS: Counter[str] = Counter()
+
+_SCHEMAS: dict[str, str] = {
+    "rms_norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
+    "fused_add_rms_norm": (
+        "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)"
+    ),
+    "silu_and_mul": "(Tensor x) -> Tensor",
+    "linear": "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+    "linear_w4": (
+        "(Tensor x, Tensor qweight, Tensor scale, Tensor minimum, Tensor? bias=None) -> Tensor"
+    ),
+    "linear_w8": "(Tensor x, Tensor qweight, Tensor scale, Tensor? bias=None) -> Tensor",
+    "embedding_w4": (
+        "(Tensor ids, Tensor qweight, Tensor scale, Tensor minimum, ScalarType dtype) -> Tensor"
+    ),
+    "embedding_w8": "(Tensor ids, Tensor qweight, Tensor scale, ScalarType dtype) -> Tensor",
+    "reshape_and_cache": (
+        "(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()"
+    ),
+    "varlen_attention": (
+        "(Tensor query, Tensor kv_cache, Tensor(a!) out, Tensor query_start_loc, Tensor seq_lens,"
+        " Tensor block_table, float scale, int window=0, float soft_cap=0.0,"
+        " Tensor? alibi_slopes=None) -> ()"
+    ),
+}
+
+_LIBRARY = torch.library.Library("vllm_k80", "DEF")
+
+
+def _counted(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        CALLS[name] += 1
+        return implementation(*args)
+
+    return call
+
+
+for _name, _schema in _SCHEMAS.items():
+    _LIBRARY.define(_name + _schema)
+    _reference = getattr(reference, _name)
+    _LIBRARY.impl(_name, _counted(_name, _reference), "CPU")
+    _LIBRARY.impl(_name, _counted(_name, getattr(kernels, _name, _reference)), "CUDA")

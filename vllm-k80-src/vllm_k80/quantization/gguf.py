@@ -1,0 +1,152 @@
+"""GGUF checkpoints.
+
+vLLM reads the file and hands each tensor over as the bytes of its blocks. They are repacked
+here once: 4-bit types into the INT4 layout, Q8_0 into the INT8 layout, without loss.
+Block formats: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and ggml-common.h.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from torch import Tensor
+from vllm.model_executor.layers import quantization
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization import gguf as upstream
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+from vllm_k80.quantization.packed import PackedWeight, concatenate
+
+_HALF = 2  # bytes of an FP16 scale at the head of a block
+
+
+def _blocks(raw: Tensor, kind: GGMLQuantizationType) -> Tensor:
+    """[N, bytes a row] uint8 to [N, blocks a row, bytes a block]."""
+    return raw.view(raw.shape[0], -1, GGML_QUANT_SIZES[kind][1])
+
+
+def _fp16(field: Tensor) -> Tensor:
+    """The FP16 number in each block's 2 bytes: [N, blocks, 2] uint8 to [N, blocks] FP16."""
+    return field.contiguous().view(torch.float16).squeeze(-1)
+
+
+def _pair_neighbours(halves: Tensor) -> Tensor:
+    """Nibbles from GGUF's order into ours.
+
+    A GGUF block holds element j in the low and element j + 16 in the high half of byte j; our
+    layout holds neighbours in a byte. [N, blocks, 16] uint8 to [N, blocks * 16] uint8.
+    """
+    elements = torch.cat((halves & 0x0F, halves >> 4), dim=-1)
+    return (elements[..., 0::2] | (elements[..., 1::2] << 4)).flatten(1)
+
+
+def _pack_q4_0(raw: Tensor) -> PackedWeight:
+    blocks = _blocks(raw, GGMLQuantizationType.Q4_0)
+    scale = _fp16(blocks[..., :_HALF])
+    # Q4_0 is (q - 8) * scale; 8 * scale is exact in FP16 unless it overflows, so keep it FP32.
+    return PackedWeight(_pair_neighbours(blocks[..., _HALF:]), scale.float(), scale.float() * -8.0)
+
+
+def _pack_q4_1(raw: Tensor) -> PackedWeight:
+    blocks = _blocks(raw, GGMLQuantizationType.Q4_1)
+    scale, minimum = _fp16(blocks[..., :_HALF]), _fp16(blocks[..., _HALF : 2 * _HALF])
+    return PackedWeight(_pair_neighbours(blocks[..., 2 * _HALF :]), scale, minimum)
+
+
+def _pack_q8_0(raw: Tensor) -> PackedWeight:
+    blocks = _blocks(raw, GGMLQuantizationType.Q8_0)
+    qweight = blocks[..., _HALF:].contiguous().view(torch.int8).flatten(1)
+    return PackedWeight(qweight, _fp16(blocks[..., :_HALF]))
+
+
+_PACKERS: dict[GGMLQuantizationType, Callable[[Tensor], PackedWeight]] = {
+    GGMLQuantizationType.Q4_0: _pack_q4_0,
+    GGMLQuantizationType.Q4_1: _pack_q4_1,
+    GGMLQuantizationType.Q8_0: _pack_q8_0,
+    GGMLQuantizationType.F16: PackedWeight,
+    GGMLQuantizationType.F32: PackedWeight,
+}
+
+SUPPORTED = tuple(kind.name for kind in _PACKERS)
+
+
+def pack(raw: Tensor, kind: int) -> PackedWeight:
+    """Repack one GGUF tensor.
+
+    Args:
+        raw: [N, bytes a row] uint8 for a quantized type, [N, K] floats for F32 and F16.
+        kind: `gguf.GGMLQuantizationType`.
+
+    Raises:
+        ValueError: a type that has no operator here.
+    """
+    name = GGMLQuantizationType(kind)
+    if name not in _PACKERS:
+        raise ValueError(
+            f"GGUF tensors of type {name.name} are not supported; {', '.join(SUPPORTED)} are. "
+            f"Quantize the model to Q4_1 or Q8_0."
+        )
+    return _PACKERS[name](raw)
+
+
+class K80GGUFLinearMethod(upstream.GGUFLinearMethod):
+    """Upstream's loading, our layout and operators."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        raw, kinds = layer.qweight, layer.qweight_type
+        if raw.data_container:  # q, k and v, or gate and up: one tensor each
+            order = sorted(raw.shard_id_map, key="qkv".find if "q" in raw.shard_id_map else None)
+            weights = [
+                pack(raw.data_container[raw.shard_id_map[shard]], kinds.shard_weight_type[shard])
+                for shard in order
+            ]
+        else:
+            weights = [pack(raw.data, kinds.weight_type)]
+        del layer.qweight, layer.qweight_type, raw
+        layer.packed_weights = concatenate(weights)
+        # Registered so that memory accounting and .to(device) see them.
+        for index, weight in enumerate(layer.packed_weights):
+            for field in ("qweight", "scale", "minimum"):
+                if (part := getattr(weight, field)) is not None:
+                    layer.register_buffer(f"{field}_{index}", part, persistent=False)
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if len(layer.packed_weights) == 1:
+            return layer.packed_weights[0].linear(x, bias)
+        y = torch.cat([weight.linear(x) for weight in layer.packed_weights], dim=-1)
+        return y if bias is None else y + bias
+
+
+class K80GGUFEmbeddingMethod(K80GGUFLinearMethod):
+    """Token embeddings, and the language model head that may share them."""
+
+    def embedding(self, layer: torch.nn.Module, x: Tensor) -> Tensor:
+        return layer.packed_weights[0].embedding(x, self.params_dtype)
+
+
+class K80GGUFConfig(upstream.GGUFConfig):
+    """Quantization ``gguf``, served by our operators."""
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float32, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 35
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        if isinstance(layer, LinearBase):
+            return K80GGUFLinearMethod(self)
+        if isinstance(layer, VocabParallelEmbedding):
+            return K80GGUFEmbeddingMethod(self)
+        return None
+
+
+def register() -> None:
+    """Make ours vLLM's configuration for ``gguf``.
+
+    Upstream's decorator refuses names that exist already, its table does not: customized
+    methods take precedence there.
+    """
+    quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG["gguf"] = K80GGUFConfig
