@@ -1,0 +1,54 @@
+"""What the emulated server has: one directory of files per die, the single source for every part of the emulator.
+
+`/etc/k80-emulator/dies/0000:05:00.0/` holds
+
+    minor           N of /dev/nvidiaN
+    uuid            what nvidia-smi and the container runtime call the die
+    parent          path below /sys/devices of the bridge it hangs on
+    lost            present: the die has fallen off the bus
+    <query field>   any field of `nvidia-smi --query-gpu`, to override its idle value (`echo 95 > temperature.gpu`)
+
+A fault is injected by changing these files; a die is removed by removing its directory.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+STATE = Path(os.environ.get("K80_EMULATOR_STATE", "/etc/k80-emulator"))
+DEV = Path(os.environ.get("K80_EMULATOR_DEV", "/dev"))
+
+
+@dataclass(frozen=True)
+class Die:
+    pci_address: str
+    directory: Path
+
+    def read(self, name: str, default: str = "") -> str:
+        try:
+            return (self.directory / name).read_text().strip()
+        except FileNotFoundError:
+            return default
+
+    @property
+    def uuid(self) -> str:
+        return self.read("uuid")
+
+    @property
+    def minor(self) -> int:
+        return int(self.read("minor"))
+
+    @property
+    def node(self) -> Path:
+        return DEV / f"nvidia{self.minor}"
+
+    @property
+    def lost(self) -> bool:
+        return (self.directory / "lost").exists()
+
+
+def dies() -> list[Die]:
+    """Every die of the server, in the order of the bus, which is also nvidia-smi's."""
+    return [Die(path.name, path) for path in sorted((STATE / "dies").glob("*")) if path.is_dir()]
