@@ -6,6 +6,7 @@ puts a finder in front of `sys.meta_path`; the work is done when somebody import
 of the modules below, right after that module has been executed.
 """
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
@@ -44,6 +45,10 @@ class _Completer(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        if name == "transformers" and "torch" in self._pending:
+            # torch 2.0.1's dynamo, which completing torch imports, patches a transformers that
+            # is already there and fails on one that is half imported. So torch comes first.
+            importlib.import_module("torch")
         importer = self._pending.pop(name, None)
         if importer is None:
             return None

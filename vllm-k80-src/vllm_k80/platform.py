@@ -163,9 +163,6 @@ class K80Platform(Platform):
         if vllm_config.model_config is not None:
             vllm_config.model_config.enforce_eager = True
             vllm_config.model_config.disable_cascade_attn = True
-            # vLLM's GGUF loader builds the Hugging Face model without weights, to learn its names;
-            # transformers refuses its SDPA attention below torch 2.1.1.
-            vllm_config.model_config.hf_config._attn_implementation = "eager"
             if vllm_config.model_config.dtype == torch.bfloat16:
                 raise ValueError(
                     "--dtype bfloat16: a K80 has no BF16. Use --dtype auto, which converts a BF16 "

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
+from vllm.model_executor import model_loader
 from vllm.model_executor.layers import quantization
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import gguf as upstream
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.gguf_loader import GGUFModelLoader
 
+from vllm_k80.quantization.gguf_file import SUPPORTED_TYPES, shared_reader
 from vllm_k80.quantization.packed import PackedWeight, concatenate
 
 _HALF = 2  # bytes of an FP16 scale at the head of a block
@@ -68,7 +71,7 @@ _PACKERS: dict[GGMLQuantizationType, Callable[[Tensor], PackedWeight]] = {
     GGMLQuantizationType.F32: PackedWeight,
 }
 
-SUPPORTED = tuple(kind.name for kind in _PACKERS)
+assert {kind.name for kind in _PACKERS} == {*SUPPORTED_TYPES}
 
 
 def pack(raw: Tensor, kind: int) -> PackedWeight:
@@ -84,7 +87,7 @@ def pack(raw: Tensor, kind: int) -> PackedWeight:
     name = GGMLQuantizationType(kind)
     if name not in _PACKERS:
         raise ValueError(
-            f"GGUF tensors of type {name.name} are not supported; {', '.join(SUPPORTED)} are. "
+            f"GGUF tensors of type {name.name} are not supported; {', '.join(SUPPORTED_TYPES)} are. "
             f"Quantize the model to Q4_1 or Q8_0."
         )
     return _PACKERS[name](raw)
@@ -143,10 +146,22 @@ class K80GGUFConfig(upstream.GGUFConfig):
         return None
 
 
-def register() -> None:
-    """Make ours vLLM's configuration for ``gguf``.
+class K80GGUFModelLoader(GGUFModelLoader):
+    """Upstream's loader; the file's header is parsed once instead of once a question."""
 
-    Upstream's decorator refuses names that exist already, its table does not: customized
-    methods take precedence there.
+    def load_model(self, vllm_config: Any, model_config: Any) -> torch.nn.Module:
+        # Upstream builds the Hugging Face model without weights, to learn its names, and
+        # transformers refuses its default attention below torch 2.1.1.
+        model_config.hf_config._attn_implementation = "eager"
+        with shared_reader():
+            return super().load_model(vllm_config=vllm_config, model_config=model_config)
+
+
+def register() -> None:
+    """Make ours what vLLM takes for ``gguf``.
+
+    Upstream's decorators refuse or warn of names that exist already. Its tables do not:
+    customized methods take precedence in both.
     """
     quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG["gguf"] = K80GGUFConfig
+    model_loader._LOAD_FORMAT_TO_MODEL_LOADER["gguf"] = K80GGUFModelLoader

@@ -1,0 +1,80 @@
+"""The command ``vllm-k80``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from vllm_k80 import __version__
+from vllm_k80.errors import UserError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-k80", description="Serve language models on NVIDIA Tesla K80 dies."
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-k80 {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model: vLLM's own server, and GET /ready",
+        description="Serve a model with vLLM's OpenAI-compatible server.",
+        epilog="All other flags are those of `vllm serve`.",
+    )
+    serve.add_argument("model", help="a GGUF file or a directory with a Hugging Face checkpoint")
+
+    probe = commands.add_parser("probe", help="prove over HTTP that a server generates")
+    probe.add_argument("--url", default="http://127.0.0.1:8000", help="default: %(default)s")
+    probe.add_argument(
+        "--wait", type=float, default=0, metavar="S", help="wait this long for the server to be up"
+    )
+    probe.add_argument(
+        "--timeout", type=float, default=60, metavar="S", help="for one request (%(default)g)"
+    )
+    probe.add_argument(
+        "--golden",
+        type=Path,
+        metavar="FILE",
+        help="compare with the golden tokens in FILE, or record them there if it does not exist",
+    )
+
+    commands.add_parser("selftest", help="run a tiny known model on this die and compare")
+    info = commands.add_parser("info", help="what this installation consists of and runs on")
+    info.add_argument("--json", action="store_true", help="for programs")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status. Mistakes of the user are one line on stderr."""
+    arguments, rest = _parser().parse_known_args(argv)
+    if rest and arguments.command != "serve":
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        match arguments.command:
+            case "serve":
+                from vllm_k80 import serve
+
+                serve.run(arguments.model, rest)
+            case "probe":
+                from vllm_k80 import probe
+
+                url = arguments.url.rstrip("/")
+                print(probe.run(url, arguments.wait, arguments.timeout, arguments.golden))
+            case "selftest":
+                from vllm_k80 import selftest
+
+                return selftest.run()
+            case "info":
+                from vllm_k80 import info
+
+                info.show(as_json=arguments.json)
+    except UserError as error:
+        print(f"vllm-k80: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Proves over HTTP that a server generates: its golden tokens, or one token.
+
+Standard library only: it starts in a moment, so that it can run every few seconds.
+"""
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from vllm_k80 import readiness
+from vllm_k80.errors import UserError
+
+GOLDEN_PROMPT = "The capital of France is"
+GOLDEN_TOKENS = 16
+
+
+class ProbeError(UserError):
+    """Why a server is not proven; the text is for the user."""
+
+
+class NotUpError(ProbeError):
+    """The server does not answer yet."""
+
+
+def _request(url: str, payload: dict[str, Any] | None, timeout: float) -> Any:
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("VLLM_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    data = None if payload is None else json.dumps(payload).encode()
+    request = urllib.request.Request(url, data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        detail = error.read().decode(errors="replace")[:300]
+        hint = " Set VLLM_API_KEY to the server's key." if error.code == 401 else ""
+        raise ProbeError(f"{url} answered {error.code}: {detail}{hint}") from None
+    except (TimeoutError, urllib.error.URLError, ConnectionError) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, TimeoutError):
+            raise ProbeError(f"{url} did not answer within {timeout:g} s.") from None
+        raise NotUpError(f"{url}: {reason}.") from None
+    except json.JSONDecodeError:
+        raise ProbeError(f"{url} did not answer in JSON. Is it a vLLM server?") from None
+
+
+def generate(url: str, tokens: int, timeout: float) -> list[int]:
+    """Greedy continuation of the golden prompt by the served model, as token ids.
+
+    Args:
+        url: base address of the server, without ``/v1``.
+        tokens: how many to generate; the end of the text does not stop it.
+        timeout: seconds for each request.
+
+    Raises:
+        ProbeError: no answer, an error, or fewer tokens than asked for.
+    """
+    model = _request(f"{url}/v1/models", None, timeout)["data"][0]["id"]
+    answer = _request(
+        f"{url}/v1/completions",
+        {
+            "model": model,
+            "prompt": GOLDEN_PROMPT,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "logprobs": 0,
+            "return_tokens_as_token_ids": True,
+        },
+        timeout,
+    )
+    names = answer["choices"][0]["logprobs"]["tokens"]
+    generated = [int(name.removeprefix("token_id:")) for name in names]
+    if len(generated) != tokens:
+        raise ProbeError(f"{model} generated {len(generated)} tokens instead of {tokens}.")
+    return generated
+
+
+def wait_until_up(url: str, seconds: float) -> None:
+    """Return once the server answers; it does not while it loads its model.
+
+    Raises:
+        ProbeError: it still does not after ``seconds``.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            _request(f"{url}/v1/models", None, 5.0)
+            return
+        except NotUpError as error:
+            if time.monotonic() > deadline:
+                raise ProbeError(f"No server after {seconds:g} s: {error}") from None
+            time.sleep(1)
+
+
+def prove_golden(url: str, golden: Path, timeout: float) -> str:
+    """Compare with the tokens recorded in ``golden``, or record them.
+
+    They are recorded only if two generations agree. The file is written whole or not at all.
+
+    Returns:
+        What was done, as one sentence.
+
+    Raises:
+        ProbeError: they differ.
+    """
+    tokens = generate(url, GOLDEN_TOKENS, timeout)
+    if not golden.exists():
+        again = generate(url, GOLDEN_TOKENS, timeout)
+        if again != tokens:
+            raise ProbeError(
+                f"Two greedy generations differ: {tokens} and {again}. The die does not compute "
+                f"reliably; run `vllm-k80 selftest` on it."
+            )
+        record = {
+            "prompt": GOLDEN_PROMPT,
+            "tokens": tokens,
+            "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        golden.parent.mkdir(parents=True, exist_ok=True)
+        partial = golden.with_suffix(".partial")
+        partial.write_text(json.dumps(record) + "\n")
+        partial.replace(golden)
+        return f"Recorded {len(tokens)} golden tokens in {golden}."
+    try:
+        recorded = json.loads(golden.read_text())["tokens"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ProbeError(
+            f"{golden} is damaged. Remove it: the next start records the golden tokens anew."
+        ) from None
+    if tokens != recorded:
+        pairs = enumerate(zip(tokens, recorded, strict=False))
+        place = next((i for i, (new, old) in pairs if new != old), min(len(tokens), len(recorded)))
+        raise ProbeError(
+            f"The golden tokens in {golden} are not reproduced: position {place} of {recorded} "
+            f"became {tokens}. Run `vllm-k80 selftest` on this die; if it passes, remove the file "
+            f"to record anew."
+        )
+    return f"Reproduced {len(tokens)} golden tokens."
+
+
+def run(url: str, wait: float, timeout: float, golden: Path | None) -> str:
+    """Probe, and leave or remove the proof that `readiness` reads.
+
+    Raises:
+        ProbeError: the server is not proven.
+    """
+    try:
+        if wait:
+            wait_until_up(url, wait)
+        started = time.monotonic()
+        if golden is not None:
+            message = prove_golden(url, golden, timeout)
+        else:
+            generate(url, 1, timeout)
+            message = "Generated one token."
+        seconds = time.monotonic() - started
+    except ProbeError:
+        readiness.remove_proof()
+        raise
+    readiness.write_proof("golden" if golden is not None else "liveness", seconds)
+    return f"{message} ({seconds:.1f} s)"

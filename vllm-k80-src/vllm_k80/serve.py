@@ -1,0 +1,65 @@
+"""``vllm-k80 serve``: vLLM's own server, told where things are and how ready it is."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from vllm_k80.errors import UserError
+
+MIDDLEWARE = "vllm_k80.readiness.ReadinessMiddleware"
+
+
+def metadata_cache() -> Path:
+    """Where what GGUF files say is kept between starts.
+
+    ``VLLM_K80_CACHE`` names it; without it, a directory of this user under the temporary one.
+    """
+    named = os.environ.get("VLLM_K80_CACHE")
+    return Path(named) if named else Path(tempfile.gettempdir()) / f"vllm-k80-{os.getuid()}"
+
+
+def server_arguments(model: str, rest: list[str]) -> list[str]:
+    """Arguments of ``vllm serve`` for this model.
+
+    Args:
+        model: path of a GGUF file or checkpoint directory, or a name that vLLM resolves.
+        rest: flags of ``vllm serve``; those given here win over what would be added.
+
+    Raises:
+        UserError: a path that does not exist, or a file that cannot be served.
+    """
+    path = Path(model)
+    given = {flag.split("=")[0] for flag in rest}
+    arguments = ["serve", model, *rest, "--middleware", MIDDLEWARE]
+    if path.suffix == ".gguf":
+        from vllm_k80.quantization.gguf_file import extract_metadata
+
+        metadata = str(extract_metadata(path, metadata_cache()))
+        for flag in ("--tokenizer", "--hf-config-path"):
+            if flag not in given:
+                arguments += [flag, metadata]
+        if "--served-model-name" not in given:
+            arguments += ["--served-model-name", path.stem]
+    elif path.is_absolute() or model.startswith("."):
+        if not path.is_dir():
+            raise UserError(f"{model}: no such directory. Give a GGUF file or a checkpoint directory.")
+        if not (path / "config.json").is_file():
+            raise UserError(f"{model} has no config.json: it is not a Hugging Face checkpoint.")
+    return arguments
+
+
+def run(model: str, rest: list[str]) -> None:
+    """Serve until told to stop."""
+    arguments = server_arguments(model, rest)
+    # The platform refuses these too, but deep inside the engine.
+    from vllm_k80.platform import K80Platform
+
+    try:
+        K80Platform.pre_register_and_update()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    from vllm.entrypoints.cli.main import main as vllm
+
+    sys.argv = ["vllm", *arguments]
+    vllm()
