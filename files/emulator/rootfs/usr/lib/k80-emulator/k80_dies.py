@@ -1,4 +1,4 @@
-"""What the emulated server has: one directory of files per die, the single source for every part of the emulator.
+"""What the emulated server has: one directory of files per die, which every part of it reads.
 
 `/etc/k80-emulator/dies/0000:05:00.0/` holds
 
@@ -6,7 +6,7 @@
     uuid            what nvidia-smi and the container runtime call the die
     parent          path below /sys/devices of the bridge it hangs on
     lost            present: the die has fallen off the bus
-    <query field>   any field of `nvidia-smi --query-gpu`, to override its idle value (`echo 95 > temperature.gpu`)
+    <query field>   any field of `nvidia-smi --query-gpu`: `echo 95 > temperature.gpu`
 
 A fault is injected by changing these files; a die is removed by removing its directory.
 """

@@ -1,0 +1,171 @@
+"""The emulated server after site.yml, seen as its users see it (the gateway) and from inside."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import openai
+import pytest
+import testinfra
+import yaml
+from testinfra.host import Host
+
+SERVER = "k80-molecule"
+HOST_VARS = "../../../.config/molecule/host_vars/k80-molecule.yml"
+JOURNALS = ("vllm-k80-*", "docker", "haproxy", "k80-emulator")
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One vLLM server: its unit, its container and the die that it was given."""
+
+    name: str
+    port: int
+    uuid: str
+
+    @property
+    def unit(self) -> str:
+        return f"vllm-k80-{self.name}"
+
+
+class Server:
+    """The server's side: systemd, Docker, and what the instances say of themselves."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        uuids = self.run("nvidia-smi --query-gpu=uuid --format=csv,noheader").split()
+        self.instances = [
+            Instance(f"die{index}", 8001 + index, uuid) for index, uuid in enumerate(uuids)
+        ]
+
+    def run(self, command: str) -> str:
+        result = self.host.run(command)
+        assert result.rc == 0, f"{command}: exit {result.rc}: {result.stderr}{result.stdout}"
+        return result.stdout.strip()
+
+    def in_container(self, instance: Instance, script: str) -> str:
+        """Runs Python as the instance's own user, under its own restrictions."""
+        result = self.host.run("docker exec %s python3 -c %s", instance.unit, script)
+        return (result.stdout + result.stderr).strip()
+
+    def container_id(self, instance: Instance) -> str:
+        return self.host.run("docker inspect --format {{.Id}} %s", instance.unit).stdout.strip()
+
+    def container_pid(self, instance: Instance) -> int:
+        return int(self.run(f"docker inspect --format {{{{.State.Pid}}}} {instance.unit}"))
+
+    def children(self, instance: Instance) -> list[int]:
+        """The engine's processes: all of the container's but its first."""
+        pids = self.run(f"docker top {instance.unit} -eo pid").split()[1:]
+        return [int(pid) for pid in pids if int(pid) != self.container_pid(instance)]
+
+    def is_ready(self, instance: Instance) -> bool:
+        script = (
+            "import urllib.request; "
+            f"urllib.request.urlopen('http://127.0.0.1:{instance.port}/ready', timeout=5)"
+        )
+        return bool(self.host.run("python3 -c %s", script).rc == 0)
+
+    def is_active(self, instance: Instance) -> bool:
+        return self.host.run("systemctl is-active %s", instance.unit).stdout.strip() == "active"
+
+    def assert_one_container_per_die(self) -> None:
+        """Whatever happens, no die is ever given to two containers that run."""
+        ids = self.host.run("docker ps --quiet").stdout.split()
+        if not ids:
+            return
+        result = self.host.run("docker inspect " + " ".join(ids))
+        if result.rc != 0:  # one ended in between, or the daemon is away
+            return
+        owners: Counter[str] = Counter()
+        for container in json.loads(result.stdout):
+            for entry in container["Config"]["Env"]:
+                name, _, value = entry.partition("=")
+                if name == "NVIDIA_VISIBLE_DEVICES":
+                    owners.update(value.split(","))
+        assert not [uuid for uuid, count in owners.items() if count > 1], owners
+
+    def wait_until_serving(self, timeout: float) -> None:
+        """Until every instance is up and proven, twice in a row."""
+        deadline = time.monotonic() + timeout
+        good = 0
+        while good < 2:
+            self.assert_one_container_per_die()
+            serving = all(self.is_active(each) and self.is_ready(each) for each in self.instances)
+            good = good + 1 if serving else 0
+            if time.monotonic() > deadline:
+                states = {each.unit: self.is_active(each) for each in self.instances}
+                pytest.fail(f"not every instance serves after {timeout:.0f} s; active: {states}")
+            time.sleep(1)
+
+
+@pytest.fixture(scope="session")
+def host() -> Host:
+    return testinfra.get_host(f"docker://{SERVER}")
+
+
+@pytest.fixture(scope="session")
+def server(host: Host) -> Server:
+    return Server(host)
+
+
+@pytest.fixture(scope="session")
+def gateway_url(host: Host) -> str:
+    """The gateway as another machine reaches it: at the server's own address."""
+    address = host.run("hostname --ip-address").stdout.split()[0]
+    return f"http://{address}:8080"
+
+
+@pytest.fixture(scope="session")
+def gateway_key(request: pytest.FixtureRequest) -> str:
+    path = request.path.parent / HOST_VARS
+    key: str = yaml.safe_load(path.read_text())["gateway_api_keys"][0]["key"]
+    return key
+
+
+@pytest.fixture(scope="session")
+def client(gateway_url: str, gateway_key: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=f"{gateway_url}/v1", api_key=gateway_key, timeout=120, max_retries=0
+    ) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def ask(client: openai.OpenAI) -> Callable[..., str]:
+    """Asks one question and returns the answer."""
+    model = client.models.list().data[0].id
+
+    def ask(question: str = "What is the capital of France?", max_tokens: int = 24) -> str:
+        completion = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": question}],
+            max_tokens=max_tokens,
+            temperature=0,
+        )
+        return completion.choices[0].message.content or ""
+
+    return ask
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Iterator[None]:
+    """With every failure comes what the server has to say about it."""
+    report = yield
+    if report.failed:
+        host = testinfra.get_host(f"docker://{SERVER}")
+        units = " ".join(f"-u '{unit}'" for unit in JOURNALS)
+        for title, command in (
+            ("containers", "docker ps --all"),
+            ("units", "systemctl list-units --all --no-pager 'vllm-k80-*' docker haproxy"),
+            ("journal", f"journalctl --no-pager --lines 120 {units}"),
+        ):
+            result = host.run(command)
+            report.sections.append((f"{title} of {SERVER}", result.stdout + result.stderr))
+    return report

@@ -1,0 +1,120 @@
+"""Faults that a server meets in its life. After each, both instances and the chat come back."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import SERVER, Instance, Server
+
+# An instance has started when it has loaded its model and generated from it; two do so at once.
+START = 240
+
+
+@pytest.fixture(autouse=True)
+def both_serve_before_and_after(server: Server, ask: Callable[..., str]) -> Iterator[None]:
+    server.wait_until_serving(START)
+    yield
+    server.wait_until_serving(START)
+    assert "Paris" in ask()
+
+
+def replaced(server: Server, instance: Instance, old: str, timeout: float) -> None:
+    """Waits until the instance's container is another one than it was."""
+    deadline = time.monotonic() + timeout
+    while server.container_id(instance) in ("", old):
+        server.assert_one_container_per_die()
+        assert time.monotonic() < deadline, f"{instance.unit} was not restarted in {timeout:.0f} s"
+        time.sleep(1)
+
+
+def busy_instance(server: Server) -> Instance:
+    """The instance that has a request under way."""
+    script = (
+        "import urllib.request; "
+        "print(urllib.request.urlopen('http://127.0.0.1:8000/metrics').read().decode())"
+    )
+    for _ in range(60):
+        for instance in server.instances:
+            for line in server.in_container(instance, script).splitlines():
+                if line.startswith("vllm:num_requests_running{") and float(line.split()[-1]) > 0:
+                    return instance
+        time.sleep(0.2)
+    pytest.fail("no instance has a request under way")
+
+
+def test_a_killed_container_comes_back(server: Server) -> None:
+    instance = server.instances[0]
+    old = server.container_id(instance)
+    server.run(f"docker kill {instance.unit}")
+    replaced(server, instance, old, timeout=60)
+
+
+def test_a_request_under_way_is_answered_by_the_other_instance(
+    server: Server, ask: Callable[..., str]
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, "Tell me a long story about a river.", max_tokens=160)
+        instance = busy_instance(server)
+        assert not answer.done()
+        server.run(f"docker kill {instance.unit}")
+        # No byte of the answer had come back, so the user notices nothing but time.
+        assert "river" in answer.result()
+
+
+def test_the_gateway_answers_while_one_instance_is_down(
+    server: Server, ask: Callable[..., str]
+) -> None:
+    instance = server.instances[1]
+    server.run(f"systemctl stop {instance.unit}")
+    try:
+        for _ in range(4):
+            assert "Paris" in ask()
+        assert server.container_id(instance) == ""
+    finally:
+        server.run(f"systemctl start --no-block {instance.unit}")
+
+
+def test_a_hung_engine_is_restarted(server: Server) -> None:
+    """The web server answers, the engine behind it does not: only generating can tell."""
+    instance = server.instances[0]
+    old = server.container_id(instance)
+    engine = server.children(instance)
+    assert engine, "the engine runs in a process of its own"
+    server.run("kill -STOP " + " ".join(map(str, engine)))
+    replaced(server, instance, old, timeout=240)
+
+
+def test_docker_restart(server: Server) -> None:
+    server.run("systemctl restart docker")
+
+
+def test_docker_stop_and_start(server: Server) -> None:
+    # Its socket would start it again at the first request.
+    server.run("systemctl stop docker.socket docker.service")
+    time.sleep(5)
+    server.run("systemctl start docker.service")
+
+
+def test_docker_killed(server: Server) -> None:
+    server.run("systemctl kill --signal KILL --kill-whom main docker.service")
+
+
+def test_reboot(server: Server) -> None:
+    def started_at() -> str:
+        return subprocess.run(
+            ["docker", "inspect", "--format", "{{.State.StartedAt}} {{.State.Running}}", SERVER],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+
+    before = started_at()
+    server.host.run("systemctl reboot")  # ends before it can answer
+    deadline = time.monotonic() + 60
+    while (now := started_at()) == before or "true" not in now:
+        assert time.monotonic() < deadline, "the server did not come up again"
+        time.sleep(1)
