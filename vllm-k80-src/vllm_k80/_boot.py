@@ -1,4 +1,4 @@
-"""Completes torch and transformers at the moment they are imported.
+"""Completes torch, transformers and xformers at the moment they are imported.
 
 `vllm_k80.pth` imports this module when the interpreter starts, in every process of
 the environment: the API server, the engine and the workers that it spawns. It only
@@ -30,9 +30,17 @@ def _import_transformers_utils(module: ModuleType, execute: Execute) -> None:
     execute_accepting_old_torch(module, execute)
 
 
+def _import_xformers_attention(module: ModuleType, execute: Execute) -> None:
+    execute(module)
+    from vllm_k80.xformers_operator import register
+
+    register(module)
+
+
 _IMPORTERS: dict[str, Callable[[ModuleType, Execute], None]] = {
     "torch": _import_torch,
     "transformers.utils.import_utils": _import_transformers_utils,
+    "xformers.ops.fmha": _import_xformers_attention,
 }
 
 

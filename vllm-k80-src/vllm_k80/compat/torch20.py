@@ -67,9 +67,14 @@ class MissingDtype:
         return f"torch.{self.name}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        import torch
+        return _missing_dtype, (self.name,)
 
-        return getattr, (torch, self.name)
+
+def _missing_dtype(name: str) -> Any:
+    """The one object that stands for this dtype, so that identity survives pickling."""
+    import torch
+
+    return getattr(torch, name)
 
 
 # Bytes an element, and for the float8 kinds the largest finite value (OCP 8-bit floating

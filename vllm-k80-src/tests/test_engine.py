@@ -1,0 +1,148 @@
+"""The engine with our operators under it: every layer goes through them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_k80 import selftest
+from vllm_k80.quantization.gguf_file import extract_metadata
+
+# Runs in a process of its own: an engine keeps threads, groups and patched defaults.
+RUN = """
+import json, os, sys
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+from collections import Counter
+from vllm import LLM, SamplingParams
+from vllm_k80 import ops
+arguments = json.loads(sys.argv[1])
+engine = LLM(max_model_len=128, max_num_seqs=4, **arguments["engine"])
+runner = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+from vllm.attention.layer import Attention
+from vllm.model_executor.layers.linear import LinearBase
+layers = Counter()
+for module in runner.get_model().modules():
+    layers["attention"] += isinstance(module, Attention)
+    layers["linear"] += isinstance(module, LinearBase)
+prompts = [{"prompt_token_ids": list(p)} for p in arguments["prompts"]]
+sampling = SamplingParams(temperature=0, max_tokens=arguments["tokens"], ignore_eos=True)
+ops.CALLS.clear()
+import torch.nn.functional as F
+def refused(*a, **k): raise AssertionError("torch's own linear layer was called by vLLM")
+import vllm.model_executor.layers.utils as utils
+utils.default_unquantized_gemm = refused
+outputs = engine.generate(prompts, sampling, use_tqdm=False)
+print("RESULT " + json.dumps({
+    "layers": layers, "calls": ops.CALLS, "dtype": str(runner.dtype),
+    "cache": str(runner.kv_caches[0].dtype),
+    "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+}))
+"""
+
+
+def run(engine: dict[str, Any], prompts: Any, tokens: int) -> dict[str, Any]:
+    arguments = json.dumps({"engine": engine, "prompts": prompts, "tokens": tokens})
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "0.1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+    return result
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    selftest.write_model(directory)
+    return directory
+
+
+def test_every_layer_of_smollm2_goes_through_our_operators(smollm2: Path, tmp_path: Path) -> None:
+    metadata = str(extract_metadata(smollm2, tmp_path))
+    engine = {"model": str(smollm2), "tokenizer": metadata, "hf_config_path": metadata}
+    steps = 3
+    result = run(engine, [[1, 2, 3]], steps)
+    # 30 decoder layers: qkv, output, gate and up, down; one attention each.
+    assert result["layers"] == {"attention": 30, "linear": 120}
+    calls = result["calls"]
+    assert calls["linear_w4"] == 120 * steps
+    assert calls["linear_w8"] == steps  # the language model head, shared with the embedding
+    assert calls["embedding_w8"] == steps
+    assert calls["varlen_attention"] == calls["reshape_and_cache"] == 30 * steps
+    assert calls["silu_and_mul"] == 30 * steps
+    # Two norms a layer and one at the end; the first has no residual to add.
+    assert calls["fused_add_rms_norm"] == 60 * steps
+    assert calls["rms_norm"] == steps
+    assert calls.get("linear", 0) == 0
+    assert (result["dtype"], result["cache"]) == ("torch.float32", "torch.float32")
+
+
+def test_an_unquantized_model_goes_through_our_operators(tiny: Path) -> None:
+    engine = {"model": str(tiny), "skip_tokenizer_init": True}
+    result = run(engine, [selftest.PROMPTS[0]], 4)
+    assert result["tokens"][0] == list(selftest.EXPECTED[0][:4])
+    assert result["calls"]["linear"] == (8 + 1) * 4  # 2 layers of 4, and the head
+    assert result["calls"]["varlen_attention"] == 2 * 4
+
+
+def test_half_is_fp16_storage(tiny: Path) -> None:
+    engine = {"model": str(tiny), "skip_tokenizer_init": True, "dtype": "half"}
+    result = run(engine, [selftest.PROMPTS[0]], 2)
+    assert (result["dtype"], result["cache"]) == ("torch.float16", "torch.float16")
+    assert result["tokens"][0] == list(selftest.EXPECTED[0][:2])
+
+
+def test_a_bf16_checkpoint_is_converted_with_one_warning(tiny: Path, tmp_path: Path) -> None:
+    config = selftest.CONFIG | {"torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(tiny / "model.safetensors")
+    engine = {"model": str(tmp_path), "skip_tokenizer_init": True}
+    arguments = json.dumps({"engine": engine, "prompts": [[1, 2]], "tokens": 1})
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = done.stdout + done.stderr
+    assert said.count("Falling back to torch.float32") == 1
+    assert '"dtype": "torch.float32"' in done.stdout
+
+
+def test_chunked_prefill_and_prefix_cache_change_no_token(tiny: Path) -> None:
+    prompt = [1, *range(40, 75)]
+    engine = {"model": str(tiny), "skip_tokenizer_init": True, "max_num_batched_tokens": 128}
+    whole = run(engine, [prompt, prompt], 6)["tokens"]
+    chunked = run(engine | {"max_num_batched_tokens": 8}, [prompt, prompt], 6)["tokens"]
+    assert whole == chunked
+    assert whole[0] == whole[1]
+
+
+def test_tensor_parallel_of_two_gives_the_same_tokens(tiny: Path) -> None:
+    code = (
+        "import json, sys\n"
+        "from vllm import LLM, SamplingParams\n"
+        "if __name__ == '__main__':\n"
+        "    e = LLM(model=sys.argv[1], skip_tokenizer_init=True, max_model_len=128,\n"
+        "            tensor_parallel_size=2, max_num_seqs=4)\n"
+        "    o = e.generate([{'prompt_token_ids': json.loads(sys.argv[2])}],\n"
+        "                   SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))\n"
+        "    print('RESULT', list(o[0].outputs[0].token_ids))\n"
+    )
+    script = tiny / "tp.py"
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tiny), json.dumps(selftest.PROMPTS[0])],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "0.1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"RESULT {list(selftest.EXPECTED[0][:6])}" in done.stdout

@@ -1,0 +1,220 @@
+"""The operators against independent formulations, in FP64 where it matters."""
+
+import math
+
+import pytest
+import torch
+from vllm_k80 import ops
+from vllm_k80.ops import reference
+
+vllm_k80 = torch.ops.vllm_k80
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 576), (7, 33), (2, 3, 64), (0, 16)])
+def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight = random(*shape, dtype=dtype), random(shape[-1], seed=1, dtype=dtype)
+    wide = x.double()
+    expected = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    y = vllm_k80.rms_norm(x, weight, 1e-5)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, expected.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fused_add_rms_norm(dtype: torch.dtype) -> None:
+    x, residual = random(5, 96, dtype=dtype), random(5, 96, seed=1, dtype=dtype)
+    weight = random(96, seed=2, dtype=dtype)
+    y, total = vllm_k80.fused_add_rms_norm(x, residual, weight, 1e-6)
+    exact = x.double() + residual.double()
+    torch.testing.assert_close(total, exact.to(dtype))
+    expected = exact / (exact.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    torch.testing.assert_close(y, expected.to(dtype))
+
+
+def test_silu_and_mul() -> None:
+    x = random(3, 10)
+    gate, up = x[:, :5].double(), x[:, 5:].double()
+    torch.testing.assert_close(
+        vllm_k80.silu_and_mul(x), (gate / (1 + (-gate).exp()) * up).float()
+    )
+
+
+def w4(rows: int, columns: int, group: int) -> tuple[torch.Tensor, ...]:
+    """A random INT4 weight: the integers, their packed form, scale and minimum."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    q = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8)
+    scale = random(rows, columns // group, seed=3).abs().half()
+    minimum = random(rows, columns // group, seed=4).half()
+    return q, q[:, 0::2] | (q[:, 1::2] << 4), scale, minimum
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 40])
+def test_linear_w4(tokens: int, group: int) -> None:
+    rows, columns = 300, 1024  # more rows than one tile holds
+    q, packed, scale, minimum = w4(rows, columns, group)
+    assert columns * rows > reference._TILE_ELEMENTS
+    weight = (
+        q.double().view(rows, -1, group) * scale.double().unsqueeze(-1)
+        + minimum.double().unsqueeze(-1)
+    ).view(rows, columns)
+    x, bias = random(tokens, columns), random(rows, seed=9)
+    y = vllm_k80.linear_w4(x, packed, scale, minimum, bias)
+    expected = (x.double() @ weight.t() + bias.double()).float()
+    # Rounding of an FP32 sum of 1024 terms, relative to the largest result.
+    limit = 1e-5 * (expected.abs().max().item() if tokens else 1.0)
+    torch.testing.assert_close(y, expected, atol=limit, rtol=0)
+
+
+def test_embedding_w4_gives_rows_of_the_weight() -> None:
+    q, packed, scale, minimum = w4(50, 64, 32)
+    weight = (
+        q.float().view(50, 2, 32) * scale.float().unsqueeze(-1) + minimum.float().unsqueeze(-1)
+    ).view(50, 64)
+    ids = torch.tensor([[3, 0], [49, 3]])
+    rows = vllm_k80.embedding_w4(ids, packed, scale, minimum, torch.float32)
+    torch.testing.assert_close(rows, weight[ids])
+
+
+@pytest.mark.parametrize("group", [32, 1024])
+def test_linear_w8_and_embedding_w8(group: int) -> None:
+    rows, columns = 300, 1024
+    generator = torch.Generator().manual_seed(5)
+    q = torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int8)
+    scale = random(rows, columns // group, seed=6).abs().half()
+    weight = (q.double().view(rows, -1, group) * scale.double().unsqueeze(-1)).view(rows, columns)
+    x = random(2, columns)
+    expected = (x.double() @ weight.t()).float()
+    y = vllm_k80.linear_w8(x, q, scale)
+    torch.testing.assert_close(y, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+    ids = torch.tensor([7, 299])
+    torch.testing.assert_close(
+        vllm_k80.embedding_w8(ids, q, scale, torch.float16), weight[ids].half()
+    )
+
+
+def test_arithmetic_is_fp32_when_storage_is_fp16() -> None:
+    """1 + 2^-11 many times: FP16 accumulation would stay at 1, or overflow at 65504."""
+    x = torch.full((1, 4096), 16.0, dtype=torch.float16)
+    weight = torch.full((1, 4096), 1.0, dtype=torch.float16)
+    weight[0, 1::2] = -1.0
+    weight[0, 0] = 2.0
+    assert vllm_k80.linear(x, weight).item() == 16.0
+
+
+def attention(query, keys, values, scale, window=0, soft_cap=0.0, slopes=None):
+    """One sequence, one head at a time, one query at a time, in FP64."""
+    queries, heads, size = query.shape
+    length, kv_heads, _ = keys.shape
+    out = torch.empty(queries, heads, size, dtype=torch.float64)
+    for head in range(heads):
+        key, value = (t[:, head * kv_heads // heads].double() for t in (keys, values))
+        for index in range(queries):
+            position = length - queries + index
+            first = max(0, position - window + 1) if window else 0
+            scores = []
+            for other in range(first, position + 1):
+                score = float(query[index, head].double() @ key[other]) * scale
+                if soft_cap:
+                    score = soft_cap * math.tanh(score / soft_cap)
+                if slopes is not None:
+                    score -= slopes[head] * (position - other)
+                scores.append(score)
+            weights = torch.tensor(scores, dtype=torch.float64).softmax(0)
+            out[index, head] = weights @ value[first : position + 1]
+    return out
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "options"),
+    [
+        (4, 4, 64, {}),
+        (9, 3, 64, {}),
+        (8, 1, 80, {"window": 5}),
+        (4, 2, 128, {"soft_cap": 5.0}),
+        (2, 2, 32, {"slopes": [0.5, 0.25]}),
+    ],
+)
+def test_varlen_attention_over_the_paged_cache(heads, kv_heads, size, options, cache_dtype) -> None:
+    """A prefill, a chunk, a decode and an idle sequence in one batch, in scattered blocks."""
+    block_size, lengths, queries = 4, [7, 13, 9, 3], [7, 5, 1, 0]
+    starts = torch.tensor([0, 7, 12, 13, 13], dtype=torch.int32)
+    tables = torch.tensor([[5, 2, 0, 0], [7, 1, 9, 4], [3, 8, 6, 0], [10, 0, 0, 0]])
+    cache = torch.full((2, 12, block_size, kv_heads, size), 99.0, dtype=cache_dtype)
+    keys = [random(n, kv_heads, size, seed=n).to(cache_dtype) for n in lengths]
+    values = [random(n, kv_heads, size, seed=n + 1).to(cache_dtype) for n in lengths]
+    for row, key, value in zip(tables, keys, values, strict=True):
+        slots = torch.tensor([row[i // block_size] * block_size + i % block_size
+                              for i in range(len(key))])
+        vllm_k80.reshape_and_cache(key.float(), value.float(), cache, slots)
+    query = random(13, heads, size, seed=99)
+    out = torch.full((14, heads, size), -1.0)  # one padded row, which must stay as it is
+    slopes = options.get("slopes")
+    vllm_k80.varlen_attention(
+        query, cache, out, starts, torch.tensor(lengths, dtype=torch.int32), tables.int(),
+        size**-0.5, options.get("window", 0), options.get("soft_cap", 0.0),
+        None if slopes is None else torch.tensor(slopes),
+    )
+    for index, count in enumerate(queries):
+        part = slice(int(starts[index]), int(starts[index]) + count)
+        expected = attention(query[part], keys[index], values[index], size**-0.5, **options)
+        torch.testing.assert_close(out[part], expected.float(), atol=2e-6, rtol=1e-5)
+    assert (out[13] == -1.0).all()
+
+
+def test_padded_tokens_are_written_to_block_zero_only() -> None:
+    cache = torch.zeros(2, 3, 4, 1, 8)
+    slots = torch.tensor([6, -1])
+    vllm_k80.reshape_and_cache(torch.ones(2, 1, 8), torch.ones(2, 1, 8), cache, slots)
+    assert cache[:, 1, 2].eq(1).all()
+    cache[:, 1, 2] = 0
+    cache[:, 0] = 0
+    assert not cache.any()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: vllm_k80.rms_norm(torch.ones(2, 4), torch.ones(3), 1e-5), "weight has shape"),
+        (lambda: vllm_k80.silu_and_mul(torch.ones(1, 3)), "odd number of columns, 3"),
+        (lambda: vllm_k80.linear(torch.ones(1, 3), torch.ones(2, 4)), "x has 3 columns"),
+        (
+            lambda: vllm_k80.linear_w4(
+                torch.ones(1, 64),
+                torch.zeros(2, 16, dtype=torch.uint8),
+                torch.ones(2, 1),
+                torch.ones(2, 1),
+            ),
+            "x has 64 columns, qweight holds 32",
+        ),
+        (
+            lambda: vllm_k80.linear_w8(
+                torch.ones(1, 32), torch.zeros(2, 32, dtype=torch.int8), torch.ones(2, 5)
+            ),
+            "does not divide",
+        ),
+        (
+            lambda: vllm_k80.varlen_attention(
+                torch.ones(1, 3, 8), torch.ones(2, 1, 4, 2, 8), torch.ones(1, 3, 8),
+                torch.tensor([0, 1]), torch.tensor([1]), torch.tensor([[0]]), 1.0,
+            ),
+            "3 query heads are not a multiple of 2",
+        ),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_calls_are_counted() -> None:
+    before = ops.CALLS["silu_and_mul"]
+    vllm_k80.silu_and_mul(torch.ones(1, 2))
+    assert ops.CALLS["silu_and_mul"] == before + 1

@@ -1,0 +1,186 @@
+"""`vllm-k80 probe` and ``GET /ready`` against a small HTTP server that speaks vLLM's API."""
+
+import asyncio
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_k80 import cli, readiness
+
+
+class Engine:
+    """What the server generates, and how it fails."""
+
+    tokens: list[int] = list(range(16))
+    status = 200
+    delay = 0.0
+    flip = False
+    key: str | None = None
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    state = Engine()
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self, status: int, content: Any) -> None:
+            body = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            if state.key and self.headers["Authorization"] != f"Bearer {state.key}":
+                self.answer(401, {"error": "Unauthorized"})
+            else:
+                self.answer(200, {"data": [{"id": "m"}]})
+
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            time.sleep(state.delay)
+            if state.status != 200:
+                self.answer(state.status, {"error": "engine is dead"})
+                return
+            tokens = state.tokens[: request["max_tokens"]]
+            if state.flip:
+                state.tokens = [token + 1 for token in state.tokens]
+            names = [f"token_id:{token}" for token in tokens]
+            self.answer(200, {"choices": [{"logprobs": {"tokens": names}}]})
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    state.url = f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
+    yield state
+    server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "run" / "proof.json"
+    monkeypatch.setattr(readiness, "PROOF", path)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    return path
+
+
+def probe(engine: Engine, *arguments: str) -> int:
+    return cli.main(["probe", "--url", engine.url, "--timeout", "1", *arguments])  # type: ignore[attr-defined]
+
+
+def test_golden_tokens_are_recorded_then_reproduced(engine, tmp_path, capsys) -> None:
+    golden = tmp_path / "state" / "golden.json"
+    assert probe(engine, "--golden", str(golden)) == 0
+    assert json.loads(golden.read_text())["tokens"] == list(range(16))
+    assert "Recorded 16" in capsys.readouterr().out
+    written = golden.read_text()
+    assert probe(engine, "--golden", str(golden)) == 0
+    assert "Reproduced 16" in capsys.readouterr().out
+    assert golden.read_text() == written
+    assert readiness.status()[0]
+
+
+def test_other_tokens_fail_and_withdraw_the_proof(engine, tmp_path, capsys, proof) -> None:
+    golden = tmp_path / "golden.json"
+    probe(engine, "--golden", str(golden))
+    assert proof.exists()
+    engine.tokens = [*range(5), 77, *range(6, 16)]
+    assert probe(engine, "--golden", str(golden)) == 1
+    assert "position 5" in capsys.readouterr().err
+    assert not proof.exists()
+    assert json.loads(golden.read_text())["tokens"] == list(range(16))  # kept as evidence
+
+
+def test_nothing_is_recorded_when_two_generations_differ(engine, tmp_path, capsys) -> None:
+    engine.flip = True
+    golden = tmp_path / "golden.json"
+    assert probe(engine, "--golden", str(golden)) == 1
+    assert "does not compute reliably" in capsys.readouterr().err
+    assert not golden.exists()
+
+
+def test_a_damaged_golden_file_is_named(engine, tmp_path, capsys) -> None:
+    golden = tmp_path / "golden.json"
+    golden.write_text("{")
+    assert probe(engine, "--golden", str(golden)) == 1
+    assert f"{golden} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"delay": 3.0}, "did not answer within 1 s"),
+        ({"status": 500}, "answered 500"),
+        ({"tokens": []}, "generated 0 tokens instead of 1"),
+        ({"key": "secret"}, "Set VLLM_API_KEY"),
+    ],
+)
+def test_liveness_fails_in_words(engine, capsys, proof, fault, message) -> None:
+    assert probe(engine) == 0
+    assert proof.exists()
+    vars(engine).update(fault)
+    capsys.readouterr()
+    assert probe(engine) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not proof.exists()
+
+
+def test_the_key_is_sent(engine, monkeypatch) -> None:
+    engine.key = "secret"
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    assert probe(engine) == 0
+
+
+def test_wait_ends_with_a_sentence(capsys) -> None:
+    started = time.monotonic()
+    assert cli.main(["probe", "--url", "http://127.0.0.1:9", "--wait", "2"]) == 1
+    assert 2 <= time.monotonic() - started < 6
+    assert "No server after 2 s" in capsys.readouterr().err
+
+
+def ask_ready() -> tuple[int, dict[str, Any]]:
+    """``GET /ready`` through the middleware."""
+    sent: list[dict[str, Any]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("/ready reached the server behind the middleware")
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/ready"}
+    asyncio.run(readiness.ReadinessMiddleware(app)(scope, None, send))  # type: ignore[arg-type]
+    return sent[0]["status"], json.loads(sent[1]["body"])
+
+
+def test_ready_follows_the_proof(proof, monkeypatch) -> None:
+    assert ask_ready() == (503, {"ready": False, "reason": "no tokens have been generated yet"})
+    readiness.write_proof("golden", 1.0)
+    status, content = ask_ready()
+    assert (status, content["ready"], content["proof"]["kind"]) == (200, True, "golden")
+    monkeypatch.setenv("VLLM_K80_PROOF_MAX_AGE", "30")
+    old = time.time() - 31
+    os.utime(proof, (old, old))
+    status, content = ask_ready()
+    assert status == 503
+    assert "limit is 30 s" in content["reason"]
+
+
+def test_other_paths_pass_through() -> None:
+    seen: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["path"])
+
+    middleware = readiness.ReadinessMiddleware(app)
+    asyncio.run(middleware({"type": "http", "path": "/v1/models"}, None, None))  # type: ignore[arg-type]
+    assert seen == ["/v1/models"]
