@@ -46,7 +46,8 @@ class ActionModule(ActionBase):
         outcome = self._follow(unit)
 
         if outcome != "success":
-            reason = {"timeout": f"took longer than {args['timeout']} seconds"}.get(outcome, "failed")
+            took = f"took longer than vllm_image_build_timeout ({args['timeout']} s)"
+            reason = took if outcome == "timeout" else "failed"
             lines = self._command(["tail", "-n", "30", self._log])
             raise AnsibleActionFail(
                 f"The build of {args['reference']} {reason}. The whole log is {self._log} on "
