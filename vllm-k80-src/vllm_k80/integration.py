@@ -6,6 +6,7 @@ from typing import Any
 
 def install() -> None:
     """Register layers and quantizations, and replace what upstream keys on ``is_cuda``."""
+    import torch
     import vllm._custom_ops
     import vllm.model_executor.layers.linear
     import vllm.model_executor.layers.vocab_parallel_embedding
@@ -27,6 +28,8 @@ def install() -> None:
         module.dispatch_unquantized_gemm = dispatch_unquantized_gemm
 
     # Upstream takes its compiled operator wherever the logits are on a GPU; it is not built here.
-    vllm._custom_ops.apply_repetition_penalties = (
-        vllm._custom_ops.apply_repetition_penalties_torch
-    )
+    vllm._custom_ops.apply_repetition_penalties = vllm._custom_ops.apply_repetition_penalties_torch
+
+    # A convolution would open cuDNN's libraries, which the image leaves out (0.9 GB), and a missing
+    # one ends the process. Without cuDNN, torch uses its own convolutions.
+    torch.backends.cudnn.enabled = False
