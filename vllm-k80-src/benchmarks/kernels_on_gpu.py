@@ -79,8 +79,15 @@ def compare() -> tuple[int, list[dict[str, Any]]]:
             ours, theirs = error(kernel, wanted), error(plain_result, wanted)
             if not ours <= max(FACTOR * theirs, 1e-6 if dtype is torch.float32 else 1e-3):
                 off.append(
-                    {"operator": name, "tokens": tokens, "hidden": hidden, "dtype": str(dtype),
-                     "values": kind, "error": ours, "error_of_reference": theirs}
+                    {
+                        "operator": name,
+                        "tokens": tokens,
+                        "hidden": hidden,
+                        "dtype": str(dtype),
+                        "values": kind,
+                        "error": ours,
+                        "error_of_reference": theirs,
+                    }
                 )
     return count, off
 
@@ -114,8 +121,13 @@ def time_all() -> list[dict[str, Any]]:
             lambda x=x, r=residual, w=weight: reference.fused_add_rms_norm(x, r, w, 1e-5)
         )
         rows.append(
-            {"operator": "fused_add_rms_norm", "tokens": tokens, "hidden": hidden,
-             "kernel_us": round(kernel, 2), "reference_us": round(plain, 2)}
+            {
+                "operator": "fused_add_rms_norm",
+                "tokens": tokens,
+                "hidden": hidden,
+                "kernel_us": round(kernel, 2),
+                "reference_us": round(plain, 2),
+            }
         )
     return rows
 
@@ -126,14 +138,18 @@ def main() -> int:
         print("kernels_on_gpu: no CUDA device here.", file=sys.stderr)
         return 2
     if not driver.available():
-        print(f"kernels_on_gpu: {driver.FAT_BINARY} is missing; run csrc/build.sh.", file=sys.stderr)
+        print(
+            f"kernels_on_gpu: {driver.FAT_BINARY} is missing; run csrc/build.sh.", file=sys.stderr
+        )
         return 2
     count, off = compare()
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     result = {
         "date": datetime.now(UTC).date().isoformat(),
         "card": torch.cuda.get_device_name(0),
-        "driver": subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0],
+        "driver": subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[
+            0
+        ],
         "torch": torch.__version__,
         "note": "compute_37 PTX, translated by this driver; not measured on a K80",
         "comparisons": count,

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from vllm_k80.compat import install, needs_completion
 from vllm_k80.compat.torch20 import MissingDtype
 

@@ -1,6 +1,7 @@
 """Decisions by compute capability, for cards that are not here."""
 
 import pytest
+
 from vllm_k80 import device
 from vllm_k80.device import Capability
 

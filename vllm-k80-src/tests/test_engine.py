@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from vllm_k80 import selftest
 from vllm_k80.quantization.gguf_file import extract_metadata
 

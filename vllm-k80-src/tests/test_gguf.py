@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+
 from vllm_k80.errors import UserError
 from vllm_k80.quantization.gguf import pack
 from vllm_k80.quantization.gguf_file import extract_metadata
@@ -38,8 +39,10 @@ def test_int4_stays_int4_in_memory() -> None:
 
 def test_neighbours_of_one_type_are_joined_and_others_are_not() -> None:
     kinds = [Kind.Q4_1, Kind.Q4_1, Kind.Q8_0]
-    raws = [quantized(kind, rows, 64, seed) for seed, (kind, rows) in
-            enumerate(zip(kinds, (8, 4, 4), strict=True))]
+    raws = [
+        quantized(kind, rows, 64, seed)
+        for seed, (kind, rows) in enumerate(zip(kinds, (8, 4, 4), strict=True))
+    ]
     joined = concatenate([pack(torch.from_numpy(r), k) for r, k in zip(raws, kinds, strict=True)])
     assert [weight.qweight.shape[0] for weight in joined] == [12, 4]
     whole = np.concatenate([gguf.dequantize(r, k) for r, k in zip(raws, kinds, strict=True)])

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from vllm_k80 import ops
 from vllm_k80.ops import reference
 
@@ -40,9 +41,7 @@ def test_fused_add_rms_norm(dtype: torch.dtype) -> None:
 def test_silu_and_mul() -> None:
     x = random(3, 10)
     gate, up = x[:, :5].double(), x[:, 5:].double()
-    torch.testing.assert_close(
-        vllm_k80.silu_and_mul(x), (gate / (1 + (-gate).exp()) * up).float()
-    )
+    torch.testing.assert_close(vllm_k80.silu_and_mul(x), (gate / (1 + (-gate).exp()) * up).float())
 
 
 def w4(rows: int, columns: int, group: int) -> tuple[torch.Tensor, ...]:
@@ -151,15 +150,23 @@ def test_varlen_attention_over_the_paged_cache(heads, kv_heads, size, options, c
     keys = [random(n, kv_heads, size, seed=n).to(cache_dtype) for n in lengths]
     values = [random(n, kv_heads, size, seed=n + 1).to(cache_dtype) for n in lengths]
     for row, key, value in zip(tables, keys, values, strict=True):
-        slots = torch.tensor([row[i // block_size] * block_size + i % block_size
-                              for i in range(len(key))])
+        slots = torch.tensor(
+            [row[i // block_size] * block_size + i % block_size for i in range(len(key))]
+        )
         vllm_k80.reshape_and_cache(key.float(), value.float(), cache, slots)
     query = random(13, heads, size, seed=99)
     out = torch.full((14, heads, size), -1.0)  # one padded row, which must stay as it is
     slopes = options.get("slopes")
     vllm_k80.varlen_attention(
-        query, cache, out, starts, torch.tensor(lengths, dtype=torch.int32), tables.int(),
-        size**-0.5, options.get("window", 0), options.get("soft_cap", 0.0),
+        query,
+        cache,
+        out,
+        starts,
+        torch.tensor(lengths, dtype=torch.int32),
+        tables.int(),
+        size**-0.5,
+        options.get("window", 0),
+        options.get("soft_cap", 0.0),
         None if slopes is None else torch.tensor(slopes),
     )
     for index, count in enumerate(queries):
@@ -202,8 +209,13 @@ def test_padded_tokens_are_written_to_block_zero_only() -> None:
         ),
         (
             lambda: vllm_k80.varlen_attention(
-                torch.ones(1, 3, 8), torch.ones(2, 1, 4, 2, 8), torch.ones(1, 3, 8),
-                torch.tensor([0, 1]), torch.tensor([1]), torch.tensor([[0]]), 1.0,
+                torch.ones(1, 3, 8),
+                torch.ones(2, 1, 4, 2, 8),
+                torch.ones(1, 3, 8),
+                torch.tensor([0, 1]),
+                torch.tensor([1]),
+                torch.tensor([[0]]),
+                1.0,
             ),
             "3 query heads are not a multiple of 2",
         ),

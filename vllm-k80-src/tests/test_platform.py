@@ -7,6 +7,7 @@ import pytest
 import torch
 from vllm.platforms import current_platform
 from vllm.platforms.interface import _Backend
+
 from vllm_k80 import platform
 from vllm_k80.platform import K80Platform
 

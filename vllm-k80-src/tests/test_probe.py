@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from vllm_k80 import cli, readiness
 
 
 class Engine:
     """What the server generates, and how it fails."""
 
-    tokens: list[int] = list(range(16))
+    tokens: tuple[int, ...] = tuple(range(16))
     status = 200
     delay = 0.0
     flip = False
@@ -50,7 +51,7 @@ def engine() -> Iterator[Engine]:
                 return
             tokens = state.tokens[: request["max_tokens"]]
             if state.flip:
-                state.tokens = [token + 1 for token in state.tokens]
+                state.tokens = tuple(token + 1 for token in state.tokens)
             names = [f"token_id:{token}" for token in tokens]
             self.answer(200, {"choices": [{"logprobs": {"tokens": names}}]})
 
@@ -91,7 +92,7 @@ def test_other_tokens_fail_and_withdraw_the_proof(engine, tmp_path, capsys, proo
     golden = tmp_path / "golden.json"
     probe(engine, "--golden", str(golden))
     assert proof.exists()
-    engine.tokens = [*range(5), 77, *range(6, 16)]
+    engine.tokens = (*range(5), 77, *range(6, 16))
     assert probe(engine, "--golden", str(golden)) == 1
     assert "position 5" in capsys.readouterr().err
     assert not proof.exists()
@@ -118,7 +119,7 @@ def test_a_damaged_golden_file_is_named(engine, tmp_path, capsys) -> None:
     [
         ({"delay": 3.0}, "did not answer within 1 s"),
         ({"status": 500}, "answered 500"),
-        ({"tokens": []}, "generated 0 tokens instead of 1"),
+        ({"tokens": ()}, "generated 0 tokens instead of 1"),
         ({"key": "secret"}, "Set VLLM_API_KEY"),
     ],
 )

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import xformers.ops as xops
-from vllm_k80 import ops
 from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask, LowerTriangularMask
+
+from vllm_k80 import ops
 
 
 def inputs(batch: int, tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:

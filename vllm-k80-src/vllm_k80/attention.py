@@ -75,8 +75,8 @@ class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
     ) -> None:
         if attn_type != AttentionType.DECODER:
             raise ValueError(
-                f"Attention of type {attn_type} is not served on a K80: only decoder self-attention "
-                f"has an operator. Choose a decoder-only model."
+                f"Attention of type {attn_type} is not served on a K80: only decoder "
+                f"self-attention has an operator. Choose a decoder-only model."
             )
         if kv_cache_dtype != "auto":
             raise ValueError(

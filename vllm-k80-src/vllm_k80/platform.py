@@ -82,7 +82,7 @@ class K80Platform(Platform):
 
     @classmethod
     def is_pin_memory_available(cls) -> bool:
-        return HAS_GPU
+        return bool(HAS_GPU)
 
     @classmethod
     def is_async_output_supported(cls, enforce_eager: bool | None) -> bool:
@@ -107,7 +107,7 @@ class K80Platform(Platform):
     @classmethod
     def get_device_communicator_cls(cls) -> str:
         if HAS_GPU:
-            return super().get_device_communicator_cls()
+            return str(super().get_device_communicator_cls())
         return "vllm_k80.communicator.GlooCommunicator"
 
     @classmethod
@@ -139,7 +139,7 @@ class K80Platform(Platform):
         """Refuse, before anything is loaded, settings of the environment that cannot work."""
         if os.environ.get("VLLM_USE_V1") == "0":
             raise ValueError(
-                "VLLM_USE_V1=0 asks for vLLM's V0 engine, which vllm_k80 does not support. Unset it."
+                "VLLM_USE_V1=0 asks for vLLM's V0 engine, which is not supported here. Unset it."
             )
         backend = os.environ.get("VLLM_ATTENTION_BACKEND")
         _refuse_backend(backend)
@@ -175,9 +175,7 @@ class K80Platform(Platform):
         parallel.disable_custom_all_reduce = True
         if parallel.worker_cls == "auto":
             parallel.worker_cls = (
-                "vllm.v1.worker.gpu_worker.Worker"
-                if HAS_GPU
-                else "vllm_k80.worker.ReferenceWorker"
+                "vllm.v1.worker.gpu_worker.Worker" if HAS_GPU else "vllm_k80.worker.ReferenceWorker"
             )
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 

@@ -120,7 +120,7 @@ def run() -> int:
         if tokens != expected:
             print(
                 f"vllm-k80: selftest FAILED on {where}: prompt {index} gave {list(tokens)} instead "
-                f"of {list(expected)}. This device does not compute correctly: do not serve from it.",
+                f"of {list(expected)}. This device computes wrongly: do not serve from it.",
                 file=sys.stderr,
             )
             return 1

@@ -43,7 +43,9 @@ def server_arguments(model: str, rest: list[str]) -> list[str]:
             arguments += ["--served-model-name", path.stem]
     elif path.is_absolute() or model.startswith("."):
         if not path.is_dir():
-            raise UserError(f"{model}: no such directory. Give a GGUF file or a checkpoint directory.")
+            raise UserError(
+                f"{model}: no such directory. Give a GGUF file or a checkpoint directory."
+            )
         if not (path / "config.json").is_file():
             raise UserError(f"{model} has no config.json: it is not a Hugging Face checkpoint.")
     return arguments

@@ -65,9 +65,7 @@ class ReferenceWorker(Worker):
             for tensor in group
         }
         # The largest activation by far is the output of the language model head, in FP32.
-        rows = min(
-            self.scheduler_config.max_num_seqs, self.scheduler_config.max_num_batched_tokens
-        )
+        rows = min(self.scheduler_config.max_num_seqs, self.scheduler_config.max_num_batched_tokens)
         activations = 4 * rows * self.model_config.get_vocab_size()
         budget = device.kv_cache_bytes(
             K80Platform.get_device_total_memory(),

@@ -5,7 +5,8 @@ supports the inputs; this one answers for causal self-attention without a paged 
 engine calls the operator directly on its cache instead (`vllm_k80.attention`).
 """
 
-from typing import Any
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import torch
 from xformers.ops import fmha
@@ -19,11 +20,11 @@ class FwOp(AttentionFwOpBase):
     """Forward pass of causal self-attention, FP32 arithmetic, FP32 or FP16 storage."""
 
     OPERATOR = torch.ops.vllm_k80.varlen_attention
-    SUPPORTED_DEVICES = {"cuda", "cpu"}
+    SUPPORTED_DEVICES: ClassVar = {"cuda", "cpu"}
     CUDA_MINIMUM_COMPUTE_CAPABILITY = (3, 5)
-    SUPPORTED_DTYPES = {torch.float32, torch.float16}
+    SUPPORTED_DTYPES: ClassVar = {torch.float32, torch.float16}
     SUPPORTED_MAX_K = 256
-    SUPPORTED_ATTN_BIAS_TYPES = {LowerTriangularMask, BlockDiagonalCausalMask}
+    SUPPORTED_ATTN_BIAS_TYPES: ClassVar = {LowerTriangularMask, BlockDiagonalCausalMask}
     SUPPORTS_DROPOUT = False
     SUPPORTS_CUSTOM_SCALE = True
     SUPPORTS_DIFFERENT_VALUE_EMBED = False
@@ -61,7 +62,7 @@ class FwOp(AttentionFwOpBase):
             starts = list(inp.attn_bias.q_seqinfo.seqstart_py)
         else:
             starts = [tokens * sequence for sequence in range(batch + 1)]
-        lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+        lengths = [end - start for start, end in pairwise(starts)]
         query = inp.query.reshape(-1, heads, size)
         pages = query.new_zeros(2, len(lengths), max(lengths), heads, size)
         for page, (start, length) in enumerate(zip(starts, lengths, strict=False)):
@@ -85,6 +86,6 @@ def register(module: Any = fmha) -> None:
     dispatch = module._dispatch_fw
 
     def dispatch_fw(inp: Inputs) -> type[AttentionFwOpBase]:
-        return FwOp if FwOp.supports(inp) else dispatch(inp)  # type: ignore[no-any-return]
+        return FwOp if FwOp.supports(inp) else dispatch(inp)
 
     module._dispatch_fw = dispatch_fw

@@ -107,7 +107,7 @@ def add_finfo(torch: ModuleType) -> None:
         def __instancecheck__(cls, instance: object) -> bool:
             return isinstance(instance, real)
 
-    class finfo(metaclass=_FinfoMeta):  # noqa: N801 - the name that callers use
+    class finfo(metaclass=_FinfoMeta):
         def __new__(cls, dtype: Any = None) -> Any:
             if not isinstance(dtype, MissingDtype):
                 return real() if dtype is None else real(dtype)
@@ -225,9 +225,7 @@ def add_library(torch: ModuleType) -> None:
 
     library.Library.__init__ = __init__
     library.Library.define = define
-    _add_missing(
-        library.Library, _register_fake=lambda *_, **__: None, _destroy=lambda self: None
-    )
+    _add_missing(library.Library, _register_fake=lambda *_, **__: None, _destroy=lambda self: None)
 
     def register_fake(op: Any, func: Any = None, /, **_: Any) -> Any:
         return func if func is not None else (lambda f: f)
@@ -292,7 +290,9 @@ def add_load_state_dict_assign(torch: ModuleType) -> None:
     real = module_type.load_state_dict
 
     @functools.wraps(real)
-    def load_state_dict(self: Any, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self: Any, state_dict: Any, strict: bool = True, assign: bool = False
+    ) -> Any:
         if not assign:
             return real(self, state_dict, strict)
         parameters, buffers = dict(self.named_parameters()), dict(self.named_buffers())
@@ -321,7 +321,7 @@ def replace_inference_mode(torch: ModuleType) -> None:
     if torch.cuda.is_available():
         return
 
-    class inference_mode(torch.no_grad):  # type: ignore[name-defined, misc]  # noqa: N801
+    class inference_mode(torch.no_grad):  # type: ignore[name-defined, misc]
         def __new__(cls, mode: bool = True) -> Any:
             return object.__new__(cls)
 

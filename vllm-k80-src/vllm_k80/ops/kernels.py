@@ -28,11 +28,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return reference.rms_norm(x, weight, eps)
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty_like(x)
-    if hidden := x.shape[-1]:
-        if tokens := x.numel() // hidden:
-            driver.kernel(f"rms_norm_{_SUFFIX[x.dtype]}", "pppif", x.device.index).launch(
-                tokens, _THREADS, x.data_ptr(), weight.data_ptr(), y.data_ptr(), hidden, eps
-            )
+    if (hidden := x.shape[-1]) and (tokens := x.numel() // hidden):
+        driver.kernel(f"rms_norm_{_SUFFIX[x.dtype]}", "pppif", x.device.index).launch(
+            tokens, _THREADS, x.data_ptr(), weight.data_ptr(), y.data_ptr(), hidden, eps
+        )
     return y
 
 
@@ -44,18 +43,17 @@ def fused_add_rms_norm(
         return reference.fused_add_rms_norm(x, residual, weight, eps)
     x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
     y, total = torch.empty_like(x), torch.empty_like(x)
-    if hidden := x.shape[-1]:
-        if tokens := x.numel() // hidden:
-            name = f"fused_add_rms_norm_{_SUFFIX[x.dtype]}"
-            driver.kernel(name, "pppppif", x.device.index).launch(
-                tokens,
-                _THREADS,
-                x.data_ptr(),
-                residual.data_ptr(),
-                weight.data_ptr(),
-                y.data_ptr(),
-                total.data_ptr(),
-                hidden,
-                eps,
-            )
+    if (hidden := x.shape[-1]) and (tokens := x.numel() // hidden):
+        name = f"fused_add_rms_norm_{_SUFFIX[x.dtype]}"
+        driver.kernel(name, "pppppif", x.device.index).launch(
+            tokens,
+            _THREADS,
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            y.data_ptr(),
+            total.data_ptr(),
+            hidden,
+            eps,
+        )
     return y, total

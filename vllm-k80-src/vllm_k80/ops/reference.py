@@ -119,7 +119,7 @@ def _groups(name: str, elements: int, scale: Tensor, rows: int) -> int:
         f"{name}: scale has shape {tuple(scale.shape)}, which does not divide a weight of "
         f"{rows} x {elements}",
     )
-    return elements // scale.shape[1]
+    return elements // int(scale.shape[1])
 
 
 def _dequantize_w4_halves(qweight: Tensor, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,9 +240,7 @@ def embedding_w8(ids: Tensor, qweight: Tensor, scale: Tensor, dtype: torch.dtype
     return rows.to(dtype).view(*ids.shape, qweight.shape[1])
 
 
-def reshape_and_cache(
-    key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-) -> None:
+def reshape_and_cache(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
     """Write the keys and values of new tokens into the paged cache.
 
     Args:

@@ -87,8 +87,8 @@ def pack(raw: Tensor, kind: int) -> PackedWeight:
     name = GGMLQuantizationType(kind)
     if name not in _PACKERS:
         raise ValueError(
-            f"GGUF tensors of type {name.name} are not supported; {', '.join(SUPPORTED_TYPES)} are. "
-            f"Quantize the model to Q4_1 or Q8_0."
+            f"GGUF tensors of type {name.name} are not supported; {', '.join(SUPPORTED_TYPES)} "
+            f"are. Quantize the model to Q4_1 or Q8_0."
         )
     return _PACKERS[name](raw)
 

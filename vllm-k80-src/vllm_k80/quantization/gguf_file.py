@@ -37,7 +37,9 @@ def shared_reader() -> Iterator[None]:
 
 
 def _check_types(path: Path, reader: Any) -> None:
-    unsupported = sorted({tensor.tensor_type.name for tensor in reader.tensors} - {*SUPPORTED_TYPES})
+    unsupported = sorted(
+        {tensor.tensor_type.name for tensor in reader.tensors} - {*SUPPORTED_TYPES}
+    )
     if unsupported:
         raise UserError(
             f"{path}: tensors of type {', '.join(unsupported)} cannot be served yet. "
