@@ -94,6 +94,7 @@ def test_metadata_is_extracted_once_and_completely(smollm2: Path, tmp_path: Path
     config = AutoConfig.from_pretrained(directory)
     assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (30, 576, 49152)
     assert config.architectures == ["LlamaForCausalLM"]
+    assert config.torch_dtype == torch.float32
     tokenizer = AutoTokenizer.from_pretrained(directory)
     text = "Two lines,\n  12 numbers and what's more."
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text

@@ -91,6 +91,8 @@ def extract_metadata(path: Path, cache: Path) -> Path:
             from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
             config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+        # Else vLLM looks for safetensors files to learn the dtype, logs errors and waits.
+        config.torch_dtype = "float32"
         config.save_pretrained(staging)
         tokenizer.vocab_file = None  # else the whole GGUF file is copied as "tokenizer.model"
         tokenizer.save_pretrained(staging)
