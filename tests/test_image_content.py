@@ -1,0 +1,232 @@
+"""What the image is made of: its content hash, the archive that is sent, the lock files."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from ansible.errors import AnsibleFilterError
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "vllm-k80-src"
+DOCKER = SOURCE / "docker"
+BUILD_ARGS = {"BASE_IMAGE": "debian:12-slim", "CUDA_SOURCE": "debian"}
+IMAGE_LOCKS = ["torch", "runtime", "vllm"]
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+content = load(ROOT / "roles/vllm_image/filter_plugins/vllm_image.py")
+
+
+@pytest.fixture
+def source(tmp_path):
+    copy = tmp_path / "vllm-k80-src"
+    shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__", ".*_cache"))
+    return copy
+
+
+# ---- the tag
+
+
+def test_the_tag_is_of_the_content_alone(source):
+    tag = content.image_tag(source, BUILD_ARGS)
+    assert re.fullmatch("[0-9a-f]{16}", tag)
+    assert tag == content.image_tag(SOURCE, BUILD_ARGS)
+    assert tag == content.image_tag(source, dict(reversed(BUILD_ARGS.items())))
+
+
+@pytest.mark.parametrize(
+    "path", ["vllm_k80/cli.py", "csrc/build.sh", "docker/Dockerfile", "docker/torch.lock"]
+)
+def test_the_tag_changes_with_every_file_that_enters_the_image(source, path):
+    before = content.image_tag(source, BUILD_ARGS)
+    (source / path).write_text((source / path).read_text() + "\n")
+    assert content.image_tag(source, BUILD_ARGS) != before
+
+
+def test_the_tag_changes_when_a_file_is_renamed(source):
+    before = content.image_tag(source, BUILD_ARGS)
+    (source / "vllm_k80/cli.py").rename(source / "vllm_k80/cli2.py")
+    assert content.image_tag(source, BUILD_ARGS) != before
+
+
+@pytest.mark.parametrize("name", BUILD_ARGS)
+def test_the_tag_changes_with_every_build_argument(name):
+    other = content.image_tag(SOURCE, BUILD_ARGS | {name: "another"})
+    assert other != content.image_tag(SOURCE, BUILD_ARGS)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "tests/test_new.py",
+        "vllm_k80/__pycache__/cli.cpython-311.pyc",
+        "vllm_k80/kernels/vllm_k80.fatbin",
+        "docker/README.md",
+        "docker/.env",
+        "docker/test.lock",
+    ],
+)
+def test_the_tag_ignores_what_does_not_enter_the_image(source, path):
+    before = content.image_tag(source, BUILD_ARGS)
+    (source / path).parent.mkdir(parents=True, exist_ok=True)
+    (source / path).write_text("changed")
+    assert content.image_tag(source, BUILD_ARGS) == before
+
+
+def test_another_directory_is_refused_by_name(tmp_path):
+    with pytest.raises(
+        AnsibleFilterError, match=f"vllm_image_source: there is no .* in {tmp_path}"
+    ):
+        content.image_tag(tmp_path, BUILD_ARGS)
+
+
+def image_tags(*command):
+    """The references that a command prints, by the directory whose group_vars it sees."""
+    printed = subprocess.run(
+        [Path(sys.executable).with_name(command[0]), "-i", "inventories/demo", *command[1:]],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return set(re.findall(r"vllm-k80:[0-9a-f]{16}", printed))
+
+
+def test_site_and_playbooks_name_the_same_image():
+    ad_hoc = ("ansible", "k80_servers", "-v", "-m", "include_role")
+    role = ("-a", "name=vllm_image tasks_from=reference.yml")
+    tags = image_tags("ansible-playbook", "playbooks/image-tag.yml")
+    assert len(tags) == 1
+    # As site.yml sees the variables, and so molecule, which converges it.
+    assert image_tags(*ad_hoc, "--playbook-dir", ".", *role) == tags
+
+
+# ---- what is sent to Docker
+
+
+def members(archive):
+    with tarfile.open(fileobj=io.BytesIO(base64.b64decode(archive))) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def test_the_archive_is_what_was_hashed_and_always_the_same(source):
+    archive = content.build_context(source)
+    assert archive == content.build_context(SOURCE)
+    files = members(archive)
+    assert list(files) == list(content.content_files(source))
+    assert files["docker/Dockerfile"] == (DOCKER / "Dockerfile").read_bytes()
+
+
+def test_a_build_by_hand_takes_the_same_files():
+    """docker/Dockerfile.dockerignore makes the choice that the role makes in Python."""
+    ignore = (DOCKER / "Dockerfile.dockerignore").read_text().splitlines()
+    allowed = {line[1:] for line in ignore if line.startswith("!")}
+    hashed = {pattern.removesuffix("/**/*") for pattern in content.CONTENT}
+    assert allowed == hashed - {"docker/Dockerfile"}
+
+
+def test_the_dockerfile_needs_nothing_that_is_not_sent():
+    dockerfile = (DOCKER / "Dockerfile").read_text()
+    wanted = set(re.findall(r"docker/\w+\.lock", dockerfile))
+    assert wanted == {name for name in content.CONTENT if name.endswith(".lock")}
+
+
+# ---- the locks
+
+
+def locked(name):
+    text = (DOCKER / f"{name}.lock").read_text()
+    entries = re.findall(
+        r"^(\S+)==(\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", text, re.M
+    )
+    # Nothing in the file that is not such an entry: no URL, no index, no package without a hash.
+    assert "".join(f"{p}=={v} \\\n{hashes}" for p, v, hashes in entries) == text
+    return {package: version for package, version, _ in entries}
+
+
+def canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in DOCKER.glob("*.in")))
+def test_a_lock_holds_what_its_in_file_pins(name):
+    lines = (DOCKER / f"{name}.in").read_text().splitlines()
+    wanted = [re.match(r"([\w.-]+)(?:==(\S+))?", line).groups() for line in lines if line[0] != "#"]
+    lock = locked(name)
+    for package, version in wanted:
+        assert lock[canonical(package)] == (version or lock[canonical(package)])
+    if name in ("torch", "runtime", "vllm", "kernels"):  # installed with --no-deps
+        assert set(lock) == {canonical(package) for package, _ in wanted}
+
+
+def test_nothing_is_locked_twice_in_the_image():
+    packages = [package for name in IMAGE_LOCKS for package in locked(name)]
+    assert sorted(packages) == sorted(set(packages))
+
+
+def test_what_the_card_cannot_use_stays_out():
+    packages = {package for name in IMAGE_LOCKS for package in locked(name)}
+    assert not packages & {"triton", "cmake", "ninja", "opencv-python-headless", "ray"}
+    assert not [package for package in packages if package.endswith("-cu12")]
+
+
+# ---- the build, followed
+
+BUILD_LOG = """\
+#9 [runtime 2/6] RUN echo "== PyTorch"     && pip install
+#9 0.619 == PyTorch
+#22 0.402 == the kernels, for sm_37
+#22 1.7 rms_norm.cu: x == y
+#9 DONE 68.6s
+"""
+
+
+@pytest.fixture
+def build(monkeypatch):
+    module = load(ROOT / "roles/vllm_image/action_plugins/vllm_image_build.py")
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    said = []
+    action = object.__new__(module.ActionModule)
+    action._host, action._log, action._say = "server", "/build.log", said.append
+    action.said = said
+    return action
+
+
+def test_each_step_is_told_once(build):
+    log = BUILD_LOG.splitlines(keepends=True)
+    polls = iter([("active", 2), ("active", 3), ("inactive", 5)])
+
+    def execute(argv):
+        if argv[0] == "systemctl":
+            state, execute.lines = next(polls)
+            return {"rc": 0, "stdout": f"Result=success\r\nActiveState={state}\r\n"}
+        return {"rc": 0, "stdout": "".join(log[: execute.lines])}
+
+    build._execute = execute
+    assert build._follow("unit") == "success"
+    assert build.said == ["PyTorch", "the kernels, for sm_37"]
+
+
+def test_a_command_that_fails_is_told_with_its_words(build):
+    from ansible.errors import AnsibleActionFail
+
+    build._execute = lambda argv: {"rc": 1, "stdout": "", "stderr": "no such unit\n"}
+    with pytest.raises(
+        AnsibleActionFail, match=r"systemctl show .* failed on server \(exit code 1\): no such unit"
+    ):
+        build._state("unit")
