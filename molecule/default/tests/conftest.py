@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import openai
 import pytest
@@ -15,8 +16,8 @@ import yaml
 from testinfra.host import Host
 
 SERVER = "k80-molecule"
-HOST_VARS = "../../../.config/molecule/host_vars/k80-molecule.yml"
-JOURNALS = ("vllm-k80-*", "docker", "haproxy", "k80-emulator")
+ROOT = Path(__file__).resolve().parents[3]
+HOST_VARS = ROOT / ".config" / "molecule" / "host_vars" / f"{SERVER}.yml"
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,8 @@ def gateway_url(host: Host) -> str:
 
 
 @pytest.fixture(scope="session")
-def gateway_key(request: pytest.FixtureRequest) -> str:
-    path = request.path.parent / HOST_VARS
-    key: str = yaml.safe_load(path.read_text())["gateway_api_keys"][0]["key"]
+def gateway_key() -> str:
+    key: str = yaml.safe_load(HOST_VARS.read_text())["gateway_api_keys"][0]["key"]
     return key
 
 
@@ -160,11 +160,15 @@ def pytest_runtest_makereport(
     report = yield
     if report.failed:
         host = testinfra.get_host(f"docker://{SERVER}")
-        units = " ".join(f"-u '{unit}'" for unit in JOURNALS)
         for title, command in (
             ("containers", "docker ps --all"),
             ("units", "systemctl list-units --all --no-pager 'vllm-k80-*' docker haproxy"),
-            ("journal", f"journalctl --no-pager --lines 120 {units}"),
+            # Without the lines that say nothing: checks that succeeded, and vLLM's list of routes.
+            (
+                "journal",
+                "journalctl --no-pager -u 'vllm-k80-*' -u docker -u haproxy --since -10min"
+                " | grep -vE 'GET /ready|Route: |IPv6|ignoring event' | tail -n 100",
+            ),
         ):
             result = host.run(command)
             report.sections.append((f"{title} of {SERVER}", result.stdout + result.stderr))
