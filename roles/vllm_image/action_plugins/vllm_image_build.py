@@ -84,7 +84,7 @@ class ActionModule(ActionBase):
     def _follow(self, unit):
         """Shows the steps until the unit has ended; returns systemd's word for how."""
         shown = 0
-        spoke = time.monotonic()
+        began = spoke = time.monotonic()
         while True:
             state = self._state(unit)
             steps = STEP.findall(self._execute(["grep", "-a", " == ", self._log])["stdout"])
@@ -95,7 +95,7 @@ class ActionModule(ActionBase):
             if state["ActiveState"] not in ("active", "activating", "deactivating"):
                 return state["Result"]
             if time.monotonic() - spoke >= REMINDER_SECONDS:
-                self._say("still at it")
+                self._say(f"still building, {int(time.monotonic() - began) // 60} min so far")
                 spoke = time.monotonic()
             time.sleep(POLL_SECONDS)
 
