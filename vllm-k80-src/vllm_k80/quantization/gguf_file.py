@@ -20,7 +20,7 @@ from vllm_k80.errors import UserError
 SUPPORTED_TYPES = ("Q4_0", "Q4_1", "Q8_0", "F16", "F32")
 
 # In the key of the extracted files: raise when what is written changes.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @contextlib.contextmanager
@@ -45,6 +45,43 @@ def _check_types(path: Path, reader: Any) -> None:
             f"{path}: tensors of type {', '.join(unsupported)} cannot be served yet. "
             f"Use a file quantized to Q4_1, Q4_0 or Q8_0."
         )
+
+
+def _mend_tokenizer(tokenizer: Any, reader: Any) -> Any:
+    """The tokenizer as the file describes it.
+
+    transformers takes a byte-level vocabulary ("gpt2") of a Llama for Llama's own: it puts a
+    beginning-of-text token before each prompt, ends texts with the wrong token, and names a decoder
+    by which structured output misreads every token that has a space.
+    """
+    from tokenizers import decoders, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    def field(name: str, default: Any = None) -> Any:
+        entry = reader.get_field(f"tokenizer.ggml.{name}")
+        return default if entry is None else entry.contents()
+
+    if field("model") != "gpt2":
+        return tokenizer
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = None
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if field("pre") == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {ours: field(f"{theirs}_token_id") for ours, theirs in names.items()}
+    special = {f"{k}_token": backend.id_to_token(i) for k, i in ids.items() if i is not None}
+    if field("add_bos_token", False):
+        bos = special["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos"])]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=tokenizer.chat_template, **special
+    )
 
 
 def extract_metadata(path: Path, cache: Path) -> Path:
@@ -80,12 +117,13 @@ def extract_metadata(path: Path, cache: Path) -> Path:
     try:
         with shared_reader():
             try:
-                _check_types(path, gguf.GGUFReader(path))
+                reader = gguf.GGUFReader(path)
+                _check_types(path, reader)
             except (ValueError, IndexError) as error:
                 raise UserError(f"{path} is damaged or of an unknown version: {error}.") from None
             source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
             config = AutoConfig.from_pretrained(**source)
-            tokenizer = AutoTokenizer.from_pretrained(**source)
+            tokenizer = _mend_tokenizer(AutoTokenizer.from_pretrained(**source), reader)
         if not config.architectures:
             # A GGUF file names the kind of model only; vLLM wants the class.
             from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
