@@ -95,7 +95,7 @@ def generate(directory: Path) -> tuple[tuple[int, ...], ...]:
         max_model_len=128,
         max_num_seqs=len(PROMPTS),
         # A die that serves has little memory to spare; this model needs next to none.
-        gpu_memory_utilization=0.05,
+        gpu_memory_utilization=0.1,
     )
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
     outputs = engine.generate(
