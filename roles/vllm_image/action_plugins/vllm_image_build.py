@@ -16,6 +16,8 @@ from ansible.utils.display import Display
 POLL_SECONDS = 3
 REMINDER_SECONDS = 60
 STEP = re.compile(r"^#\d+ +[\d.]+ == (.+)$", re.MULTILINE)
+# What BuildKit prints of each step, whether it matters or not.
+CHATTER = re.compile(r"#\d+ (sha256:|CACHED|DONE|\[)|\s*$")
 
 
 class ActionModule(ActionBase):
@@ -48,7 +50,8 @@ class ActionModule(ActionBase):
         if outcome != "success":
             took = f"took longer than vllm_image_build_timeout ({args['timeout']} s)"
             reason = took if outcome == "timeout" else "failed"
-            lines = self._command(["tail", "-n", "30", self._log])
+            log = self._command(["tail", "-n", "200", self._log]).splitlines()
+            lines = "\n".join([line[:300] for line in log if not CHATTER.match(line)][-20:])
             raise AnsibleActionFail(
                 f"The build of {args['reference']} {reason}. The whole log is {self._log} on "
                 f"{self._host}; its last lines are:\n{lines}"
