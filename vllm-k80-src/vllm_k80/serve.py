@@ -4,6 +4,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from vllm_k80.errors import UserError
 
@@ -51,6 +52,26 @@ def server_arguments(model: str, rest: list[str]) -> list[str]:
     return arguments
 
 
+def _honour_bad_words() -> None:
+    """Make /v1/completions take ``bad_words`` as /v1/chat/completions does.
+
+    The engine knows them; upstream's completions ignore them in silence.
+    """
+    from vllm.entrypoints.openai.protocol import CompletionRequest
+
+    upstream = CompletionRequest.to_sampling_params
+
+    def to_sampling_params(self: Any, *args: Any, **options: Any) -> Any:
+        params = upstream(self, *args, **options)
+        words = (self.model_extra or {}).get("bad_words") or []
+        if not isinstance(words, list) or not all(isinstance(w, str) and w for w in words):
+            raise ValueError("bad_words is a list of strings, none of them empty.")
+        params.bad_words = words
+        return params
+
+    CompletionRequest.to_sampling_params = to_sampling_params
+
+
 def run(model: str, rest: list[str]) -> None:
     """Serve until told to stop."""
     arguments = server_arguments(model, rest)
@@ -63,5 +84,6 @@ def run(model: str, rest: list[str]) -> None:
         raise UserError(str(error)) from None
     from vllm.entrypoints.cli.main import main as vllm
 
+    _honour_bad_words()
     sys.argv = ["vllm", *arguments]
     vllm()
