@@ -428,7 +428,7 @@ def test_concurrent_requests_do_not_mix(server: Server) -> None:
     ]
 
     def answer(prompt: str) -> str:
-        return server.complete(prompt, max_tokens=6, ignore_eos=True)["text"]
+        return server.complete(prompt, max_tokens=4, ignore_eos=True)["text"]
 
     alone = [answer(prompt) for prompt in prompts]
     with ThreadPoolExecutor(12) as pool:
