@@ -8,7 +8,7 @@ export Q
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 ## ---- try it
 
@@ -25,8 +25,12 @@ ask: venv ## Ask the demo one question: make ask Q='Why is the sky blue?'
 	@tools/demo ask
 
 .PHONY: demo-down
-demo-down: venv ## Stop the demo and remove its server
+demo-down: venv ## Remove the demo's server; the image that it built is kept
 	@tools/demo down
+
+.PHONY: demo-clean
+demo-clean: venv ## Remove the demo's server, its built image and its keys
+	@tools/demo clean
 
 ## ---- test it
 
