@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 
 from ansible.errors import AnsibleFilterError
 
@@ -97,7 +98,9 @@ def resolve_instances(
 
 def systemd_quote(word: str) -> str:
     """One word of an ``ExecStart=`` line, whatever is in it (systemd.service(5), command lines)."""
-    escaped = str(word).replace("\\", "\\\\").replace('"', '\\"')
+    if re.fullmatch(r"[\w@+=:,./-]+", word):
+        return word
+    escaped = word.replace("\\", "\\\\").replace('"', '\\"')
     return '"' + escaped.replace("%", "%%").replace("$", "$$") + '"'
 
 
