@@ -1,0 +1,155 @@
+"""Filters of the role vllm_instance, and the firewall that its templates make."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jinja2
+import pytest
+from ansible.errors import AnsibleFilterError
+
+ROLE = Path(__file__).parent.parent / "roles" / "vllm_instance"
+DIES = [
+    {"pci_address": "0000:05:00.0", "numa_node": 0, "local_cpulist": "0-7"},
+    {"pci_address": "0000:06:00.0", "numa_node": 0, "local_cpulist": "0-7"},
+    {"pci_address": "0000:84:00.0", "numa_node": 1, "local_cpulist": "8-15"},
+    {"pci_address": "0000:85:00.0", "numa_node": -1, "local_cpulist": ""},
+]
+REPORT = """\
+00000000:05:00.0, GPU-aa
+00000000:06:00.0, GPU-bb
+00000000:84:00.0, GPU-cc
+00000000:85:00.0, GPU-dd
+"""
+MODELS = {
+    "small": {"host_path": "/m/small", "serve_path": "/models/small/s.gguf", "revision": "1"},
+    "large": {"host_path": "/m/large", "serve_path": "/models/large", "revision": "2"},
+}
+
+
+@pytest.fixture(scope="module")
+def filters() -> ModuleType:
+    path = ROLE / "filter_plugins" / "vllm_instance.py"
+    spec = importlib.util.spec_from_file_location("vllm_instance_filters", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def resolve(filters: ModuleType, instances: list[dict[str, Any]], **settings: Any) -> Any:
+    common = {
+        "image": "vllm-k80:1",
+        "model": "small",
+        "base_port": 8001,
+        "address": "127.0.0.1",
+        "extra_args": ["--dtype", "auto"],
+    }
+    return filters.resolve_instances(
+        instances,
+        DIES,
+        filters.uuids_by_address(settings.pop("report", REPORT)),
+        MODELS,
+        {"small": {}, "large": {"served_name": "Large"}},
+        common | settings,
+    )
+
+
+def test_without_a_declaration_each_die_has_an_instance(filters: ModuleType) -> None:
+    resolved = resolve(filters, [])
+    assert [(i["name"], i["uuids"], i["port"]) for i in resolved] == [
+        ("die0", ["GPU-aa"], 8001),
+        ("die1", ["GPU-bb"], 8002),
+        ("die2", ["GPU-cc"], 8003),
+        ("die3", ["GPU-dd"], 8004),
+    ]
+    assert [(i["cpus"], i["nodes"]) for i in resolved] == [
+        ("0-7", "0"),
+        ("0-7", "0"),
+        ("8-15", "1"),
+        ("", ""),
+    ]
+
+
+def test_two_dies_share_a_model(filters: ModuleType) -> None:
+    declared = {
+        "name": "both",
+        "dies": ["0000:05:00.0", "0000:84:00.0"],
+        "model": "large",
+        "port": 9000,
+        "extra_args": ["--enforce-eager"],
+    }
+    (instance,) = resolve(filters, [declared])
+    assert instance["uuids"] == ["GPU-aa", "GPU-cc"]
+    assert (instance["cpus"], instance["nodes"]) == ("0-7,8-15", "0,1")
+    assert (instance["port"], instance["served_model"]) == (9000, "Large")
+    assert instance["arguments"] == [
+        "--tensor-parallel-size",
+        "2",
+        "--dtype",
+        "auto",
+        "--enforce-eager",
+    ]
+
+
+def test_golden_tokens_belong_to_image_model_and_settings(filters: ModuleType) -> None:
+    one = {"name": "a", "dies": ["0000:05:00.0"]}
+    base = resolve(filters, [one])[0]["golden"]
+    assert resolve(filters, [one])[0]["golden"] == base
+    assert resolve(filters, [one | {"port": 9000}])[0]["golden"] == base
+    others = {
+        resolve(filters, [one], image="vllm-k80:2")[0]["golden"],
+        resolve(filters, [one | {"model": "large"}])[0]["golden"],
+        resolve(filters, [one | {"extra_args": ["--seed", "1"]}])[0]["golden"],
+    }
+    assert len(others | {base}) == 4
+
+
+def test_a_die_that_is_not_there_is_named(filters: ModuleType) -> None:
+    with pytest.raises(AnsibleFilterError, match=r"at 0000:07:00\.0; there are 0000:05"):
+        resolve(filters, [{"name": "a", "dies": ["0000:07:00.0"]}])
+
+
+def test_a_die_that_the_driver_does_not_list_is_named(filters: ModuleType) -> None:
+    with pytest.raises(AnsibleFilterError, match=r"nvidia-smi does not list the die at 0000:06"):
+        resolve(filters, [], report="00000000:05:00.0, GPU-aa\n")
+
+
+@pytest.mark.parametrize(
+    ("word", "quoted"),
+    [
+        ("--max-model-len=4096", "--max-model-len=4096"),
+        ("/models/a b.gguf", '"/models/a b.gguf"'),
+        ('{"a": "50%"}', '"{\\"a\\": \\"50%%\\"}"'),
+        ("$HOME\\x", '"$$HOME\\\\x"'),
+        ("", '""'),
+    ],
+)
+def test_words_of_a_unit_are_quoted(filters: ModuleType, word: str, quoted: str) -> None:
+    assert filters.systemd_quote(word) == quoted
+
+
+@pytest.mark.parametrize("gateways", [[], ["192.0.2.1"], ["192.0.2.1", "192.0.2.2"]])
+def test_nft_accepts_the_firewall(tmp_path: Path, gateways: list[str]) -> None:
+    nft = shutil.which("nft", path="/usr/sbin:/usr/bin:/sbin")
+    if nft is None:
+        pytest.fail("nft is not installed: apt install nftables")
+    text = jinja2.Template(
+        (ROLE / "templates" / "firewall.nft.j2").read_text(), trim_blocks=True
+    ).render(
+        ansible_managed="test",
+        vllm_instance_gateway_addresses=gateways,
+        vllm_instance_resolved=[{"port": 8001}, {"port": 8002}],
+    )
+    assert text.count("accept;") == 1
+    assert all(address in text for address in gateways)
+    file = tmp_path / "firewall.nft"
+    file.write_text(text)
+    done = subprocess.run([nft, "--check", "--file", file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
