@@ -46,6 +46,7 @@ lint: venv ## All lints
 
 .PHONY: test-unit
 test-unit: venv ## Tests of the roles' checks, of the inventory and of the tools
+	@tools/test-packages
 	@pytest tests
 
 .PHONY: test-package
