@@ -24,7 +24,9 @@ from typing import Any
 
 from ansible.errors import AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
+from ansible.module_utils.errors import UnsupportedError
 from ansible.plugins.action import ActionBase
+from ansible.plugins.loader import module_loader
 
 Check = Callable[["Host"], Iterator[str]]
 CHECKS: list[tuple[str, Check]] = []
@@ -67,6 +69,8 @@ class Host:
         self.name: str = variables["inventory_hostname"]
         self.inventory: dict[str, list[str]] = variables["groups"]
         self.groups = {*variables["group_names"], "k80"}
+        # What is wrong with models, by their names; found on the server.
+        self.model_faults: dict[str, str] = {}
         self.facts: dict[str, Any] = variables["ansible_facts"]
         self.dies: list[dict[str, Any]] = self["__preflight_dies"]
         self.space = {entry["path"]: entry for entry in self["__preflight_space"]}
@@ -86,18 +90,38 @@ class Host:
         return value if isinstance(value, type_) else type_()
 
     def instances(self) -> list[dict[str, Any]]:
-        """The instances that the inventory wants here, as it wrote them; else one per die."""
-        base_port = self.get("vllm_instance_base_port", int)
+        """The instances that the inventory wants here; else one per die."""
+        base_port = self.get("vllm_instance_base_port", int) or 1  # a wrong type is told elsewhere
         wanted = self.get("vllm_instance_instances", list) or [
             {"name": f"die{index}", "dies": [die["pci_address"]]}
             for index, die in enumerate(self.dies)
         ]
-        default = {"model": self.get("vllm_instance_model", str), "dies": []}
+        model = self.get("vllm_instance_model", str)
         return [
-            default | {"name": f"#{index}", "port": base_port + index} | instance
+            {
+                "name": str(instance.get("name") or f"#{index}"),
+                "dies": self._addresses(instance.get("dies")),
+                "model": str(instance.get("model") or model),
+                "port": self._port(instance.get("port") or base_port + index),
+            }
             for index, instance in enumerate(wanted)
             if isinstance(instance, dict)
         ]
+
+    @staticmethod
+    def _addresses(dies: Any) -> list[str]:
+        """PCI addresses as the kernel writes them."""
+        return [str(die).lower() for die in dies] if isinstance(dies, list) else []
+
+    @staticmethod
+    def _port(port: Any) -> int | str:
+        return port if isinstance(port, int) else str(port)
+
+    def models(self) -> dict[str, Any]:
+        """The entries of the catalogue that the instances name."""
+        catalogue = self.get("vllm_model_catalogue", dict)
+        names = {instance["model"] for instance in self.instances()}
+        return {name: catalogue[name] for name in sorted(names & catalogue.keys())}
 
 
 # --- The host ---------------------------------------------------------------
@@ -148,8 +172,8 @@ def systemd_runs(host: Host) -> Iterator[str]:
 def has_dies(host: Host) -> Iterator[str]:
     if not host.dies:
         yield (
-            f"there is no Tesla K80 in its PCI tree ({host['preflight_sysfs_root']}/bus/pci/devices,"
-            " 10de:102d); check that the card is seated and powered, or take the host out of"
+            f"there is no Tesla K80 in its PCI tree ({host['preflight_sysfs_root']}/bus/pci/devices"
+            ", 10de:102d); check that the card is seated and powered, or take the host out of"
             " k80_servers."
         )
 
@@ -160,8 +184,8 @@ def memory_suffices(host: Host) -> Iterator[str]:
     needed = host["preflight_memory_base_mb"] + count * host["preflight_memory_per_instance_mb"]
     if host.facts["memtotal_mb"] < needed:
         yield (
-            f"it has {host.facts['memtotal_mb']} MB of memory, but {count} instances need {needed} MB"
-            " (preflight_memory_base_mb, preflight_memory_per_instance_mb); add memory or list"
+            f"it has {host.facts['memtotal_mb']} MB of memory, but {count} instances need {needed}"
+            " MB (preflight_memory_base_mb, preflight_memory_per_instance_mb); add memory or list"
             " fewer instances in vllm_instance_instances."
         )
 
@@ -218,18 +242,21 @@ def values_have_the_right_type(host: Host) -> Iterator[str]:
             try:
                 value = host[name]
             except AnsibleError as error:
-                yield f"{name} cannot be evaluated: {error}"
+                yield f"{name} cannot be evaluated: {str(error).rstrip('.')}; correct its template."
                 continue
             option = {name: role.options[name]}
-            for message in ArgumentSpecValidator(option).validate({name: value}).error_messages:
-                yield f"{name} does not fit role {role.name}: {message.rstrip('.')}."
+            for error in ArgumentSpecValidator(option).validate({name: value}).errors:
+                reason = re.sub(r"<class '.*?'>", "it", error.msg).rstrip(".")
+                if isinstance(error, UnsupportedError):
+                    reason = f"there is no {reason}"
+                yield f"{name} does not fit role {role.name}: {reason}."
 
 
 @check("k80_servers")
 def instances_have_names(host: Host) -> Iterator[str]:
     names = Counter(instance["name"] for instance in host.instances())
     for name, count in names.items():
-        if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?", str(name)):
+        if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?", name):
             yield (
                 f"an instance cannot be named '{name}'; in vllm_instance_instances use 1 to 40"
                 " lower-case letters, digits and hyphens."
@@ -272,6 +299,12 @@ def models_are_known(host: Host) -> Iterator[str]:
             )
 
 
+@check("k80_servers")
+def models_can_be_had(host: Host) -> Iterator[str]:
+    for name, fault in host.model_faults.items():
+        yield f"model '{name}': {fault}; correct its entry in vllm_model_catalogue or the server."
+
+
 @check("k80")
 def ports_are_free_of_each_other(host: Host) -> Iterator[str]:
     users = defaultdict(list)
@@ -299,7 +332,7 @@ def weakness(key: Any, min_length: int) -> str | None:
     """What is wrong with an API key, without telling the key."""
     if not isinstance(key, str) or not key:
         return "is empty"
-    if re.search(r"change.?me|example|placeholder|replace|insert|your[-_ ]|xxxx", key, re.I):
+    if re.search(r"change.?me|example|placeholder|replace|insert|your[-_ ]|x{6}", key, re.I):
         return "is still the placeholder"
     if not re.fullmatch(r"[A-Za-z0-9._~+/=-]+", key):
         return "has characters other than letters, digits and ._~+/=-"
@@ -339,7 +372,6 @@ def users_have_keys(host: Host) -> Iterator[str]:
 class ActionModule(ActionBase):
     """Returns the findings; a later task reports those of all hosts together."""
 
-    _requires_connection = False
     _supports_check_mode = True
 
     def run(self, tmp: None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -353,8 +385,11 @@ class ActionModule(ActionBase):
             return self._templar.copy_with_new_env(available_variables=scope).template(value)
 
         roles = Path(variables["role_path"]).parent
+        module_loader.add_directory(str(roles / "vllm_model/library"))
         specs = sorted(roles.glob("*/meta/argument_specs.yml"))
         host = Host(variables, [Role(spec.parent.parent, load) for spec in specs], template)
+        if "k80_servers" in host.groups:
+            host.model_faults = self._model_faults(host, variables)
         findings = [
             f"{host.name}: {sentence}"
             for group, function in CHECKS
@@ -362,3 +397,13 @@ class ActionModule(ActionBase):
             for sentence in function(host)
         ]
         return {"changed": False, "findings": findings}
+
+    def _model_faults(self, host: Host, variables: dict[str, Any]) -> dict[str, str]:
+        """What the module that will put the models in place says against them."""
+        faults = {}
+        for name, source in host.models().items():
+            arguments = {"name": name, "source": source, "root": host["vllm_model_root"]}
+            result = self._execute_module("vllm_model_store", arguments, task_vars=variables)
+            if result.get("failed"):
+                faults[name] = result["msg"].removeprefix(f"Model {name}: ").rstrip(".")
+        return faults

@@ -6,7 +6,7 @@ DOCUMENTATION = r"""
 module: free_space
 short_description: Read the free space below some paths
 description:
-  - For each path, which need not exist yet, the free space of the filesystem that it is or will be on.
+  - For each path, which need not exist yet, the free space of its filesystem.
 options:
   paths:
     description: Absolute paths.
@@ -47,9 +47,9 @@ space:
       type: int
 """
 
-import os  # noqa: E402
+import os
 
-from ansible.module_utils.basic import AnsibleModule  # noqa: E402
+from ansible.module_utils.basic import AnsibleModule
 
 
 def space_of(path):

@@ -37,7 +37,9 @@ dies:
       type: str
       sample: "0000:05:00.0"
     board:
-      description: Address of the board's switch (its upstream port); the die's own address where there is no such switch.
+      description:
+        - Address of the board's switch (its upstream port).
+        - The die's own address where there is no such switch.
       type: str
       sample: "0000:03:00.0"
     numa_node:
@@ -50,9 +52,9 @@ dies:
       sample: 0-9,20-29
 """
 
-import os  # noqa: E402
+import os
 
-from ansible.module_utils.basic import AnsibleModule  # noqa: E402
+from ansible.module_utils.basic import AnsibleModule
 
 DIE = ("0x10de", "0x102d")
 SWITCH = ("0x10b5", "0x8747")

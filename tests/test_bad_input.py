@@ -1,0 +1,428 @@
+"""What speaks against provisioning is told by site.yml's first play, at once, before any change.
+
+The hosts are this machine, each with a PCI tree and facts of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+GPU = {"vendor": "0x10de", "device": "0x102d", "class": "0x030200", "local_cpulist": "0-9"}
+SWITCH = {"vendor": "0x10b5", "device": "0x8747", "class": "0x060400"}
+ROOT_PORT = {"vendor": "0x8086", "device": "0x2f04", "class": "0x060400"}
+FACTS = {
+    "ansible_distribution": "Debian",
+    "ansible_distribution_major_version": "12",
+    "ansible_architecture": "x86_64",
+    "ansible_kernel": "6.1.0-18-amd64",
+    "ansible_service_mgr": "systemd",
+    "ansible_memtotal_mb": 65536,
+    "ansible_default_ipv4": {"address": "192.0.2.7"},
+}
+KEY = "k3y-Of-The-Instances-0123456789"
+SETTINGS = {
+    "vllm_instance_api_key": KEY,
+    "gateway_api_keys": [{"name": "anna", "key": "k3y-Of-Anna-0123456789-abcdef"}],
+    # This machine's own disk is not the matter.
+    "preflight_disk_free_gb": {"/var/lib/docker": 0},
+}
+
+
+def add_device(sysfs: Path, path: str, attributes: dict[str, str]) -> None:
+    """A device as Linux lays it out: in the directory of its bridge, with a link to it."""
+    device = sysfs / "devices/pci0000:00" / path
+    device.mkdir(parents=True)
+    for name, value in attributes.items():
+        (device / name).write_text(f"{value}\n")
+    links = sysfs / "bus/pci/devices"
+    links.mkdir(parents=True, exist_ok=True)
+    (links / device.name).symlink_to(os.path.relpath(device, links))
+
+
+def add_board(sysfs: Path, port: str, bus: int, numa_node: int) -> None:
+    """A K80: the switch's upstream port on `bus`, and its two dies two buses further."""
+    upstream = f"{port}/0000:{bus:02x}:00.0"
+    add_device(sysfs, port, ROOT_PORT)
+    add_device(sysfs, upstream, SWITCH)
+    for index, slot in enumerate(("08", "10")):
+        downstream = f"{upstream}/0000:{bus + 1:02x}:{slot}.0"
+        add_device(sysfs, downstream, SWITCH)
+        die = f"{downstream}/0000:{bus + 2 + index:02x}:00.0"
+        add_device(sysfs, die, GPU | {"numa_node": str(numa_node)})
+
+
+@pytest.fixture(scope="module")
+def sysfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("sysfs")
+    add_board(root, "0000:00:02.0", 3, numa_node=0)
+    return root
+
+
+# --- The dies, from the PCI tree --------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def k80_dies(load_module: Callable[[str], ModuleType]) -> ModuleType:
+    return load_module("roles/preflight/library/k80_dies.py")
+
+
+def test_dies_of_two_boards_among_other_cards(tmp_path: Path, k80_dies: ModuleType) -> None:
+    add_board(tmp_path, "0000:80:02.0", 0x82, numa_node=1)
+    add_board(tmp_path, "0000:00:02.0", 3, numa_node=0)
+    v100 = GPU | {"device": "0x1db4", "numa_node": "0"}
+    add_device(tmp_path, "0000:00:03.0/0000:09:00.0", v100)
+    audio = GPU | {"class": "0x040300"}  # another function with a die's numbers
+    add_device(tmp_path, "0000:00:03.1/0000:0a:00.1", audio)
+
+    dies = k80_dies.find_dies(tmp_path)
+    assert [(die["pci_address"], die["board"], die["numa_node"]) for die in dies] == [
+        ("0000:05:00.0", "0000:03:00.0", 0),
+        ("0000:06:00.0", "0000:03:00.0", 0),
+        ("0000:84:00.0", "0000:82:00.0", 1),
+        ("0000:85:00.0", "0000:82:00.0", 1),
+    ]
+    assert {die["local_cpulist"] for die in dies} == {"0-9"}
+
+
+def test_a_board_behind_a_switch_of_the_mainboard_is_a_board(
+    tmp_path: Path, k80_dies: ModuleType
+) -> None:
+    add_device(tmp_path, "0000:01:00.0", SWITCH)
+    for bus, port in ((4, "08"), (9, "10")):
+        add_board(tmp_path, f"0000:01:00.0/0000:02:{port}.0", bus, numa_node=0)
+    boards = [die["board"] for die in k80_dies.find_dies(tmp_path)]
+    assert boards == ["0000:04:00.0"] * 2 + ["0000:09:00.0"] * 2
+
+
+def test_what_the_kernel_does_not_say(tmp_path: Path, k80_dies: ModuleType) -> None:
+    """No NUMA node, no list of CPUs; and devices that are plain directories, so no bridges."""
+    for address, node in (("0000:05:00.0", "-1"), ("0000:06:00.0", None)):
+        device = tmp_path / "bus/pci/devices" / address
+        device.mkdir(parents=True)
+        attributes = GPU | ({"numa_node": node} if node else {})
+        del attributes["local_cpulist"]
+        for name, value in attributes.items():
+            (device / name).write_text(value)
+    assert k80_dies.find_dies(tmp_path) == [
+        {"pci_address": address, "board": address, "numa_node": 0, "local_cpulist": ""}
+        for address in ("0000:05:00.0", "0000:06:00.0")
+    ]
+
+
+def test_a_host_without_pci_has_no_dies(tmp_path: Path, k80_dies: ModuleType) -> None:
+    assert k80_dies.find_dies(tmp_path) == []
+
+
+# --- The inventory ----------------------------------------------------------
+
+
+class Run:
+    """site.yml's first play, on hosts with variables of their own, and what came of it."""
+
+    def __init__(self, directory: Path, hosts: dict[str, dict[str, Any]], **facts: Any) -> None:
+        first_play = yaml.safe_load((ROOT / "site.yml").read_text())[0]
+        print_dies = {"ansible.builtin.debug": {"var": "preflight_dies"}}
+        # Facts as if they had been gathered.
+        first_play["gather_facts"] = False
+        facts_of_host = {name: f"{{{{ faked_facts.{name} }}}}" for name in FACTS}
+        set_facts = {"ansible.builtin.set_fact": facts_of_host | {"cacheable": True}}
+        first_play["pre_tasks"] = [{"name": "Set the facts"} | set_facts]
+        first_play["post_tasks"] = [{"name": "Print the dies"} | print_dies]
+        self._write(directory / "play.yml", [first_play])
+        (directory / "group_vars").symlink_to(ROOT / "group_vars")
+
+        gateways = {host: {} for host in hosts if not hosts[host].pop("no_gateway", False)}
+        servers = {host: {} for host in hosts if not hosts[host].pop("no_server", False)}
+        for host, variables in hosts.items():
+            faked = {"faked_facts": FACTS | facts.get(host, {})}
+            self._write(directory / f"inventory/host_vars/{host}.yml", variables | faked)
+        groups = {"k80_servers": {"hosts": servers}, "k80_gateways": {"hosts": gateways}}
+        local = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
+        self._write(directory / "inventory/hosts.yml", {"k80": {"children": groups, "vars": local}})
+        done = subprocess.run(
+            [
+                Path(sys.executable).with_name("ansible-playbook"),
+                *("-i", directory / "inventory"),
+                # Whether this machine serves is not the matter.
+                *("-e", f"__preflight_serving_path={directory}/instances"),
+                directory / "play.yml",
+            ],
+            env=os.environ
+            | {
+                "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+                "ANSIBLE_ROLES_PATH": str(ROOT / "roles"),
+                "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
+            },
+            cwd=directory,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        self.code, self.output = done.returncode, done.stdout + done.stderr
+        assert done.stdout.startswith("{"), self.output
+        # The project's callbacks print times behind the JSON.
+        report, _ = json.JSONDecoder().raw_decode(done.stdout)
+        self.stats: dict[str, dict[str, int]] = report["stats"]
+        results = [
+            (task["task"]["name"], host, result)
+            for task in report["plays"][0]["tasks"]
+            for host, result in task["hosts"].items()
+        ]
+        self.dies = {h: r["preflight_dies"] for _, h, r in results if "preflight_dies" in r}
+        told = [r["msg"] for name, _, r in results if ": Report" in name and r.get("failed")]
+        self.findings = told[0].split("\n- ") if told else []
+
+    @staticmethod
+    def _write(path: Path, content: Any) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))  # which is YAML too
+
+    def about(self, host: str) -> list[str]:
+        return [line.removeprefix(f"{host}: ") for line in self.findings if line.startswith(host)]
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory, sysfs: Path) -> Run:
+    """One run over hosts that each have faults of their own."""
+    directory = tmp_path_factory.mktemp("bad")
+    model = directory / "model"
+    model.mkdir()
+    (model / "pytorch_model.bin").touch()
+    (model / "config.json").touch()
+    good = SETTINGS | {"preflight_sysfs_root": str(sysfs)}
+    die0, die1 = "0000:05:00.0", "0000:06:00.0"
+    hosts: dict[str, dict[str, Any]] = {
+        "healthy": good,
+        "keyless": good | {"vllm_instance_api_key": "", "gateway_api_keys": []},
+        "placeholder": good
+        | {
+            "vllm_instance_api_key": "change-me",
+            "gateway_api_keys": [{"name": "anna", "key": "change-me"}],
+        },
+        "one-die": good
+        | {
+            "vllm_instance_instances": [
+                {"name": "a", "dies": [die0]},
+                {"name": "b", "dies": [die1, die0]},
+                {"name": "c", "dies": ["0000:99:00.0"]},
+                {"name": "d", "dies": []},
+            ]
+        },
+        "ports": good
+        | {
+            "vllm_instance_instances": [
+                {"name": "a", "dies": [die0], "port": 8080},
+                {"name": "b", "dies": [die1], "port": 8080},
+            ],
+            "gateway_stats_port": 84040,
+        },
+        "names": good
+        | {
+            "vllm_instance_instances": [
+                {"name": "One", "dies": [die0]},
+                {"name": "b", "dies": [die1], "modle": "smollm2-135m-instruct"},
+            ],
+        },
+        "no-card": good | {"preflight_sysfs_root": str(directory)},
+        "other-system": good,
+        "small": good
+        | {"preflight_disk_free_gb": {f"{directory}/images": 10**6, f"{directory}/models": 10**6}},
+        "misspelt": good
+        | {
+            "vllm_instance_modle": "x",
+            "vlmm_instance_model": "x",
+            "gateway_nothing_like_it_at_all": 1,
+            "vllm_instance_resolved": [],  # a fact of a role, which a fact cache would show
+            "my_own_variable": 1,
+        },
+        "types": good
+        | {
+            "vllm_instance_base_port": "many",
+            "vllm_instance_dtype": "bfloat16",
+            "vllm_instance_instances": {"name": "a"},
+            "vllm_image_base_image": "{{ not_there }}",
+        },
+        "models": good
+        | {
+            "vllm_instance_instances": [
+                {"name": "a", "dies": [die0], "model": "smollm3"},
+                {"name": "b", "dies": [die1], "model": "nowhere"},
+                {"name": "c", "dies": [die1], "model": "pickled"},
+                {"name": "d", "dies": [die1], "model": "hub"},
+            ],
+            "vllm_model_catalogue": {
+                "nowhere": {"source": "directory", "path": "/srv/no/such/model"},
+                "pickled": {"source": "directory", "path": str(model)},
+                "hub": {"source": "hub"},
+                "unused": {"source": "directory", "path": "/srv/neither"},
+            },
+        },
+        "gateway": {"no_server": True, "gateway_api_keys": [{"name": "anna", "key": "short"}] * 2},
+    }
+    return Run(
+        directory,
+        hosts,
+        **{
+            "other-system": {
+                "ansible_distribution": "Ubuntu",
+                "ansible_distribution_major_version": "20",
+                "ansible_architecture": "aarch64",
+                "ansible_kernel": "4.19.0-5-arm64",
+                "ansible_service_mgr": "sysvinit",
+                "ansible_memtotal_mb": 4000,
+            }
+        },
+    )
+
+
+def test_nothing_was_changed_and_all_hosts_stopped(bad: Run) -> None:
+    assert bad.code != 0
+    assert "Traceback" not in bad.output
+    assert {host: stats["changed"] for host, stats in bad.stats.items()} == dict.fromkeys(
+        bad.stats, 0
+    )
+    assert not bad.dies
+    assert bad.findings[0] == "Nothing was changed. To be put right first:"
+
+
+def test_a_healthy_host_has_no_findings(bad: Run) -> None:
+    assert bad.about("healthy") == []
+
+
+def test_no_key_is_told(bad: Run) -> None:
+    assert KEY not in bad.output
+    assert SETTINGS["gateway_api_keys"][0]["key"] not in bad.output
+
+
+MAKE_KEY = "set it to the output of: openssl rand -hex 24."
+SENTENCES = {
+    "keyless": [
+        f"vllm_instance_api_key is empty; {MAKE_KEY}",
+        "gateway_api_keys lists no key, so nobody could use the gateway; add one per user.",
+    ],
+    "placeholder": [
+        f"vllm_instance_api_key is still the placeholder; {MAKE_KEY}",
+        f"the key of 'anna' in gateway_api_keys is still the placeholder; {MAKE_KEY}",
+    ],
+    "one-die": [
+        "instance 'd' names no die; list one or more in its 'dies'.",
+        "instances 'a' and 'b' both want die 0000:05:00.0, which serves only one; correct"
+        " vllm_instance_instances.",
+        "instance 'c' wants die 0000:99:00.0, which this server does not have (its dies:"
+        " 0000:05:00.0, 0000:06:00.0); correct vllm_instance_instances.",
+    ],
+    "ports": [
+        "instance 'a' and instance 'b' and gateway_port all want port 8080; give each one of its"
+        " own.",
+        "gateway_stats_port has port 84040, but ports are numbers from 1 to 65535; correct it.",
+    ],
+    "names": [
+        "an instance cannot be named 'One'; in vllm_instance_instances use 1 to 40 lower-case"
+        " letters, digits and hyphens.",
+        "vllm_instance_instances does not fit role vllm_instance: there is no"
+        " vllm_instance_instances.modle. Supported parameters include: dies, extra_args, model, name, port.",
+    ],
+    "other-system": [
+        "Ubuntu 20 is not supported (this works on Debian 12); install one of these, or add it to"
+        " preflight_distributions to try it at your own risk.",
+        "its architecture is aarch64, but PyTorch for the K80 exists for x86_64 only; take it out"
+        " of k80_servers.",
+        "its kernel 4.19.0-5-arm64 is older than 5.10 (preflight_kernel_min); boot the"
+        " distribution's own kernel.",
+        "its init is sysvinit, but systemd has to run the services; boot it with systemd.",
+        "it has 4000 MB of memory, but 2 instances need 7168 MB (preflight_memory_base_mb,"
+        " preflight_memory_per_instance_mb); add memory or list fewer instances in"
+        " vllm_instance_instances.",
+    ],
+    "misspelt": [
+        "gateway_nothing_like_it_at_all is not a variable of any role; remove it from the"
+        " inventory.",
+        "vllm_instance_modle is not a variable of any role; did you mean vllm_instance_model?",
+        "vlmm_instance_model is not a variable of any role; did you mean vllm_instance_model?",
+    ],
+    "models": [
+        "instance 'a' wants model 'smollm3', which is not in vllm_model_catalogue (nowhere,"
+        " pickled, hub, unused); correct the name or add the model.",
+        "model 'nowhere': there is no directory /srv/no/such/model on this server; correct its"
+        " entry in vllm_model_catalogue or the server.",
+        "model 'hub': source hub is not built yet; pypi and directory are; correct its entry in"
+        " vllm_model_catalogue or the server.",
+    ],
+    "gateway": [
+        "the key of 'anna' in gateway_api_keys has 5 characters, fewer than 24; set it to the"
+        " output of: openssl rand -hex 24.",
+        "2 entries of gateway_api_keys have the name 'anna'; tell them apart.",
+        "2 entries of gateway_api_keys have one and the same key; tell them apart.",
+    ],
+}
+
+
+@pytest.mark.parametrize("host", SENTENCES)
+def test_each_fault_is_told_by_name(bad: Run, host: str) -> None:
+    told = bad.about(host)
+    assert [sentence for sentence in SENTENCES[host] if sentence not in told] == [], told
+
+
+@pytest.mark.parametrize("host", ["keyless", "placeholder", "ports", "other-system", "misspelt"])
+def test_nothing_else_is_told(bad: Run, host: str) -> None:
+    assert sorted(bad.about(host)) == sorted(SENTENCES[host])
+
+
+@pytest.mark.parametrize(
+    ("host", "pattern"),
+    [
+        (
+            "no-card",
+            r"there is no Tesla K80 in its PCI tree \(/.*/bus/pci/devices, 10de:102d\); check",
+        ),
+        (
+            "small",
+            r"\d+ GB are free for /.*/images and /.*/models, but 2000000 GB are needed"
+            r" \(preflight_disk_free_gb\); free some",
+        ),
+        ("models", r"model 'pickled': /.*/model holds no \.safetensors files.*; correct its entry"),
+        ("types", r"vllm_instance_base_port does not fit role vllm_instance: .*int"),
+        ("types", r"vllm_instance_dtype does not fit role vllm_instance: .*auto, float32, half"),
+        (
+            "types",
+            r"vllm_instance_instances does not fit role vllm_instance: "
+            r".* it cannot be converted to a list\.$",
+        ),
+        ("types", r"vllm_image_base_image cannot be evaluated: 'not_there' is undefined; correct"),
+    ],
+)
+def test_faults_with_details_of_this_machine(bad: Run, host: str, pattern: str) -> None:
+    assert [line for line in bad.about(host) if re.match(pattern, line)], bad.about(host)
+
+
+def test_a_healthy_inventory_passes_and_tells_the_dies(tmp_path: Path, sysfs: Path) -> None:
+    settings = SETTINGS | {"preflight_sysfs_root": str(sysfs)}
+    instances = [{"name": "both", "dies": ["0000:05:00.0", "0000:06:00.0"]}]
+    run = Run(
+        tmp_path,
+        {
+            "server": settings | {"no_gateway": True, "vllm_instance_instances": instances},
+            # What the gateway alone needs: it has no card.
+            "gateway": settings | {"no_server": True, "preflight_sysfs_root": "/nowhere"},
+        },
+    )
+    assert run.code == 0, run.output
+    assert not run.findings
+    board = {"board": "0000:03:00.0", "numa_node": 0, "local_cpulist": "0-9"}
+    assert run.dies["server"] == [
+        {"pci_address": "0000:05:00.0"} | board,
+        {"pci_address": "0000:06:00.0"} | board,
+    ]
+    assert {stats["changed"] for stats in run.stats.values()} == {0}
