@@ -332,7 +332,8 @@ SENTENCES = {
         "an instance cannot be named 'One'; in vllm_instance_instances use 1 to 40 lower-case"
         " letters, digits and hyphens.",
         "vllm_instance_instances does not fit role vllm_instance: there is no"
-        " vllm_instance_instances.modle. Supported parameters include: dies, extra_args, model, name, port.",
+        " vllm_instance_instances.modle. Supported parameters include: dies, extra_args,"
+        " model, name, port.",
     ],
     "other-system": [
         "Ubuntu 20 is not supported (this works on Debian 12); install one of these, or add it to"

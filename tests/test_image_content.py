@@ -7,8 +7,6 @@ import importlib.util
 import io
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -93,27 +91,6 @@ def test_another_directory_is_refused_by_name(tmp_path):
         AnsibleFilterError, match=f"vllm_image_source: there is no .* in {tmp_path}"
     ):
         content.image_tag(tmp_path, BUILD_ARGS)
-
-
-def image_tags(*command):
-    """The references that a command prints, by the directory whose group_vars it sees."""
-    printed = subprocess.run(
-        [Path(sys.executable).with_name(command[0]), "-i", "inventories/demo", *command[1:]],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    return set(re.findall(r"vllm-k80:[0-9a-f]{16}", printed))
-
-
-def test_site_and_playbooks_name_the_same_image():
-    ad_hoc = ("ansible", "k80_servers", "-v", "-m", "include_role")
-    role = ("-a", "name=vllm_image tasks_from=reference.yml")
-    tags = image_tags("ansible-playbook", "playbooks/image-tag.yml")
-    assert len(tags) == 1
-    # As site.yml sees the variables, and so molecule, which converges it.
-    assert image_tags(*ad_hoc, "--playbook-dir", ".", *role) == tags
 
 
 # ---- what is sent to Docker
