@@ -10,6 +10,7 @@ def install() -> None:
     import vllm._custom_ops
     import vllm.model_executor.layers.linear
     import vllm.model_executor.layers.vocab_parallel_embedding
+    import vllm.model_executor.models.registry
 
     from vllm_k80 import layers
     from vllm_k80.quantization import gguf
@@ -33,3 +34,8 @@ def install() -> None:
     # A convolution would open cuDNN's libraries, which the image leaves out (0.9 GB), and a missing
     # one ends the process. Without cuDNN, torch uses its own convolutions.
     torch.backends.cudnn.enabled = False
+
+    # Upstream asks a model's class what it can do in an interpreter of its own, lest CUDA be
+    # initialized before a worker is forked. Ours are spawned, and importing everything once more
+    # is a third of a start on an old processor.
+    vllm.model_executor.models.registry._run_in_subprocess = lambda function: function()
