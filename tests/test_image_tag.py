@@ -6,6 +6,7 @@ serves playbooks/.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -51,6 +52,7 @@ def as_a_playbook_in(directory: Path, inventory: Path) -> subprocess.CompletedPr
     return run("ansible", "k80_servers", *where, "-v", "-m", "include_role", "-a", role)
 
 
+@functools.cache
 def site_tag(inventory: Path) -> str:
     return tag_in(as_a_playbook_in(ROOT, inventory))
 
