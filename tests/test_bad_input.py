@@ -116,7 +116,7 @@ def test_what_the_kernel_does_not_say(tmp_path: Path, k80_dies: ModuleType) -> N
         for name, value in attributes.items():
             (device / name).write_text(value)
     assert k80_dies.find_dies(tmp_path) == [
-        {"pci_address": address, "board": address, "numa_node": 0, "local_cpulist": ""}
+        {"pci_address": address, "board": address, "numa_node": -1, "local_cpulist": ""}
         for address in ("0000:05:00.0", "0000:06:00.0")
     ]
 

@@ -43,7 +43,7 @@ dies:
       type: str
       sample: "0000:03:00.0"
     numa_node:
-      description: NUMA node; 0 where the kernel does not say, as on a machine with one node.
+      description: NUMA node; -1 where the kernel does not say. Then nothing may be pinned by it.
       type: int
       sample: 0
     local_cpulist:
@@ -90,9 +90,9 @@ def board_of(die):
 
 def numa_node_of(die):
     try:
-        return max(int(read(die, "numa_node")), 0)
+        return int(read(die, "numa_node"))
     except ValueError:
-        return 0
+        return -1
 
 
 def find_dies(sysfs_root):
