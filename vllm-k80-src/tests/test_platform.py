@@ -72,7 +72,11 @@ def test_cpu_kv_cache_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("VLLM_USE_V1", "0"), ("VLLM_ATTENTION_BACKEND", "FLASH_ATTN")],
+    [
+        ("VLLM_USE_V1", "0"),
+        ("VLLM_ATTENTION_BACKEND", "FLASH_ATTN"),
+        ("VLLM_K80_REQUIRE_GPU", "1"),
+    ],
 )
 def test_serve_refuses_settings_in_one_line(
     variable: str, value: str, tmp_path, monkeypatch: pytest.MonkeyPatch
