@@ -153,3 +153,108 @@ def test_nft_accepts_the_firewall(tmp_path: Path, gateways: list[str]) -> None:
     file.write_text(text)
     done = subprocess.run([nft, "--check", "--file", file], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> dict[str, str]:
+    """An environment whose systemctl and docker answer from files and note what they are told."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    (tmp_path / "state").write_text("active")
+    (tmp_path / "invocation").write_text("first")
+    (tmp_path / "docker").write_text("active")
+    (tmp_path / "probe").write_text("exit 1")
+    scripts = {
+        "systemctl": """
+            case "$*" in
+                *ActiveState*) cat "$HOST/state" ;;
+                *InvocationID*) cat "$HOST/invocation" ;;
+                "is-active docker.service") cat "$HOST/docker"; grep -qx active "$HOST/docker" ;;
+                *) echo "$*" >> "$HOST/log" ;;
+            esac
+            """,
+        "docker": """
+            case $1 in
+                exec) . "$HOST/probe" ;;
+                ps) cat "$HOST/containers" 2> /dev/null || true ;;
+                rm) rm "$HOST/containers"; echo "$*" >> "$HOST/log" ;;
+            esac
+            """,
+    }
+    for name, text in scripts.items():
+        (commands / name).write_text("#!/bin/sh\n" + text)
+        (commands / name).chmod(0o755)
+    return {
+        "HOST": str(tmp_path),
+        "RUNTIME_DIRECTORY": str(tmp_path),
+        "PATH": f"{commands}:/usr/bin:/bin",
+    }
+
+
+def call(host: dict[str, str], script: str, *arguments: str) -> tuple[int, str]:
+    """Runs a script of the role; returns its exit status and what it told systemd and Docker."""
+    log = Path(host["HOST"]) / "log"
+    log.unlink(missing_ok=True)
+    done = subprocess.run([ROLE / "files" / script, *arguments], env=host, check=False)
+    return done.returncode, log.read_text() if log.exists() else ""
+
+
+def probe(host: dict[str, str]) -> str:
+    status, told = call(host, "prove-life", "vllm-k80-die0", "1", "2")
+    assert status == 0
+    return told
+
+
+RESTART = "restart --no-block vllm-k80-die0.service\n"
+
+
+def test_an_instance_that_fails_twice_in_a_row_is_restarted(host: dict[str, str]) -> None:
+    answer = Path(host["HOST"]) / "probe"
+    assert probe(host) == ""
+    answer.write_text("exit 0")
+    assert probe(host) == ""
+    answer.write_text("exit 1")
+    assert probe(host) == ""
+    assert probe(host) == RESTART
+
+
+def test_failures_of_an_earlier_run_do_not_count(host: dict[str, str]) -> None:
+    assert probe(host) == ""
+    (Path(host["HOST"]) / "invocation").write_text("second")
+    assert probe(host) == ""
+    assert probe(host) == RESTART
+
+
+@pytest.mark.parametrize(
+    "meanwhile", ["echo deactivating > $HOST/state", "echo second > $HOST/invocation"]
+)
+def test_a_stop_during_a_probe_is_not_undone(host: dict[str, str], meanwhile: str) -> None:
+    assert probe(host) == ""
+    (Path(host["HOST"]) / "probe").write_text(f"{meanwhile}; exit 1")
+    assert probe(host) == ""
+
+
+@pytest.mark.parametrize("state", ["activating", "deactivating", "inactive", "failed"])
+def test_what_is_not_up_is_not_judged(host: dict[str, str], state: str) -> None:
+    (Path(host["HOST"]) / "state").write_text(state)
+    for _ in range(3):
+        assert probe(host) == ""
+
+
+def test_what_holds_a_die_is_removed(host: dict[str, str]) -> None:
+    (Path(host["HOST"]) / "containers").write_text("aa\nbb\n")
+    status, told = call(host, "clear-dies", "vllm-k80-die0")
+    assert (status, told) == (0, "rm --force aa bb\n")
+
+
+@pytest.mark.parametrize(
+    ("docker", "status", "told"),
+    [("inactive", 1, ""), ("failed", 0, "start docker.service\n"), ("activating", 1, "")],
+)
+def test_a_docker_that_somebody_stopped_is_left_alone(
+    host: dict[str, str], docker: str, status: int, told: str
+) -> None:
+    (Path(host["HOST"]) / "docker").write_text(docker)
+    assert call(host, "clear-dies", "vllm-k80-die0", "GPU-aa") == (status, told)
+    # After a stop there is nothing to make room for.
+    assert call(host, "clear-dies", "vllm-k80-die0") == (0, "")

@@ -95,7 +95,9 @@ def test_docker_restart(server: Server) -> None:
 def test_docker_stop_and_start(server: Server) -> None:
     # Its socket would start it again at the first request.
     server.run("systemctl stop docker.socket docker.service")
-    time.sleep(5)
+    # Longer than the instances wait before they try again: they leave it to whoever stopped it.
+    time.sleep(12)
+    assert not server.host.service("docker").is_running
     server.run("systemctl start docker.service")
 
 
