@@ -5,15 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from vllm.logger import init_logger
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 
 from vllm_k80 import device
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
-
-logger = init_logger("vllm.k80.platform")
 
 HAS_GPU = torch.cuda.is_available()
 _DEVICE_TYPE = "cuda" if HAS_GPU else "cpu"
@@ -89,19 +86,11 @@ class K80Platform(Platform):
         return False
 
     @classmethod
-    def inference_mode(cls) -> Any:
-        return torch.inference_mode(mode=True)
-
-    @classmethod
     def supports_v1(cls, model_config: "ModelConfig") -> bool:
         return True
 
     @classmethod
     def use_all_gather(cls) -> bool:
-        return True
-
-    @classmethod
-    def supports_structured_output(cls) -> bool:
         return True
 
     @classmethod

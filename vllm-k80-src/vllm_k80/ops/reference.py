@@ -5,7 +5,7 @@ guide, "Arithmetic Instructions", compute capability 3.7). Results are rounded o
 dtype of the activations that came in.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,9 +21,20 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _row_tiles(rows: int, columns: int) -> Iterator[slice]:
+def _linear_in_tiles(
+    x: Tensor, rows: int, bias: Tensor | None, multiply: Callable[[Tensor, slice, Tensor], None]
+) -> Tensor:
+    """`linear` with a weight of ``rows`` rows that ``multiply(x, rows, out)`` takes in tiles."""
+    columns = x.shape[-1]
+    wide = x.float().view(-1, columns)
+    y = torch.empty(wide.shape[0], rows, dtype=torch.float32, device=x.device)
     step = max(1, _TILE_ELEMENTS // max(1, columns))
-    return (slice(start, start + step) for start in range(0, rows, step))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        multiply(wide, part, y[:, part])
+    if bias is not None:
+        y += bias.float()
+    return y.view(*x.shape[:-1], rows).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -162,16 +173,13 @@ def linear_w4(
         minimum.shape == scale.shape,
         f"linear_w4: minimum is {tuple(minimum.shape)}, scale is {tuple(scale.shape)}",
     )
-    wide = x.float().view(-1, x.shape[-1])
-    # Even and odd columns apart: the sum is the same and no nibble has to be moved.
-    x_even, x_odd = wide[:, 0::2], wide[:, 1::2]
-    y = torch.empty(wide.shape[0], rows, dtype=torch.float32, device=x.device)
-    for part in _row_tiles(rows, 2 * packed):
+
+    def multiply(wide: Tensor, part: slice, out: Tensor) -> None:
         even, odd = _dequantize_w4_halves(qweight[part], scale[part], minimum[part])
-        torch.addmm(x_even @ even.t(), x_odd, odd.t(), out=y[:, part])
-    if bias is not None:
-        y += bias.float()
-    return y.view(*x.shape[:-1], rows).to(x.dtype)
+        # Even and odd columns apart: the sum is the same and no nibble has to be moved.
+        torch.addmm(wide[:, 0::2] @ even.t(), wide[:, 1::2], odd.t(), out=out)
+
+    return _linear_in_tiles(x, rows, bias, multiply)
 
 
 def _dequantize_w8(qweight: Tensor, scale: Tensor) -> Tensor:
@@ -201,13 +209,11 @@ def linear_w8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = N
         f"linear_w8: x has {x.shape[-1]} columns, qweight has {columns}",
     )
     _groups("linear_w8", columns, scale, rows)
-    wide = x.float().view(-1, columns)
-    y = torch.empty(wide.shape[0], rows, dtype=torch.float32, device=x.device)
-    for part in _row_tiles(rows, columns):
-        torch.mm(wide, _dequantize_w8(qweight[part], scale[part]).t(), out=y[:, part])
-    if bias is not None:
-        y += bias.float()
-    return y.view(*x.shape[:-1], rows).to(x.dtype)
+
+    def multiply(wide: Tensor, part: slice, out: Tensor) -> None:
+        torch.mm(wide, _dequantize_w8(qweight[part], scale[part]).t(), out=out)
+
+    return _linear_in_tiles(x, rows, bias, multiply)
 
 
 def embedding_w4(
