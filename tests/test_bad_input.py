@@ -235,6 +235,18 @@ def bad(tmp_path_factory: pytest.TempPathFactory, sysfs: Path) -> Run:
                 {"name": "b", "dies": [die1], "modle": "smollm2-135m-instruct"},
             ],
         },
+        "reserved": good
+        | {
+            "vllm_instance_instances": [
+                {"name": "firewall", "dies": [die0]},
+                {"name": "a-liveness", "dies": [die1], "model": "other"},
+            ],
+            "vllm_model_catalogue": {
+                name: {"source": "pypi", "package": "p", "version": "1", "sha256": "0", "file": "f"}
+                for name in ("smollm2-135m-instruct", "other")
+            },
+            "gateway_api_keys": [{"name": "a b", "key": KEY}],
+        },
         "no-card": good | {"preflight_sysfs_root": str(directory)},
         "other-system": good,
         "small": good
@@ -335,6 +347,16 @@ SENTENCES = {
         " vllm_instance_instances.modle. Supported parameters include: dies, extra_args,"
         " model, name, port.",
     ],
+    "reserved": [
+        "an instance cannot be named 'firewall', for vllm-k80-firewall is a unit of another kind;"
+        " rename it in vllm_instance_instances.",
+        "an instance cannot be named 'a-liveness', for vllm-k80-a-liveness is a unit of another"
+        " kind; rename it in vllm_instance_instances.",
+        "its instances serve other and smollm2-135m-instruct, but a gateway takes instances of one"
+        " model; let all of vllm_instance_instances name the same.",
+        "gateway_api_keys names 'a b', which the access log could not hold; use letters, digits and"
+        " ._@- alone.",
+    ],
     "other-system": [
         "Ubuntu 20 is not supported (this works on Debian 12); install one of these, or add it to"
         " preflight_distributions to try it at your own risk.",
@@ -376,7 +398,9 @@ def test_each_fault_is_told_by_name(bad: Run, host: str) -> None:
     assert [sentence for sentence in SENTENCES[host] if sentence not in told] == [], told
 
 
-@pytest.mark.parametrize("host", ["keyless", "placeholder", "ports", "other-system", "misspelt"])
+@pytest.mark.parametrize(
+    "host", ["keyless", "placeholder", "ports", "reserved", "other-system", "misspelt"]
+)
 def test_nothing_else_is_told(bad: Run, host: str) -> None:
     assert sorted(bad.about(host)) == sorted(SENTENCES[host])
 

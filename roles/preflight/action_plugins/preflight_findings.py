@@ -261,6 +261,11 @@ def instances_have_names(host: Host) -> Iterator[str]:
                 f"an instance cannot be named '{name}'; in vllm_instance_instances use 1 to 40"
                 " lower-case letters, digits and hyphens."
             )
+        if name == "firewall" or name.startswith("image-") or name.endswith("-liveness"):
+            yield (
+                f"an instance cannot be named '{name}', for vllm-k80-{name} is a unit of another"
+                " kind; rename it in vllm_instance_instances."
+            )
         if count > 1:
             yield f"{count} instances are named '{name}'; rename one in vllm_instance_instances."
 
@@ -297,6 +302,19 @@ def models_are_known(host: Host) -> Iterator[str]:
                 f" vllm_model_catalogue ({', '.join(catalogue) or 'empty'}); correct the name or"
                 " add the model."
             )
+
+
+@check("k80_servers")
+def instances_serve_one_model(host: Host) -> Iterator[str]:
+    # The gateway hands any request to any instance. Servers that differ are told by its role.
+    entries = {name: entry for name, entry in host.models().items() if isinstance(entry, dict)}
+    served = {name: entry.get("served_name") for name, entry in entries.items()}
+    names = sorted({served.get(i["model"]) or i["model"] for i in host.instances()})
+    if len(names) > 1 and host.inventory.get("k80_gateways"):
+        yield (
+            f"its instances serve {' and '.join(names)}, but a gateway takes instances of one"
+            " model; let all of vllm_instance_instances name the same."
+        )
 
 
 @check("k80_servers")
@@ -361,6 +379,11 @@ def users_have_keys(host: Host) -> Iterator[str]:
             yield (
                 f"the key of '{key.get('name')}' in gateway_api_keys {fault}; set it to the output"
                 " of: openssl rand -hex 24."
+            )
+        if not re.fullmatch(r"[A-Za-z0-9._@-]+", str(key.get("name"))):
+            yield (
+                f"gateway_api_keys names '{key.get('name')}', which the access log could not hold;"
+                " use letters, digits and ._@- alone."
             )
     for field in ("name", "key"):
         for value, count in Counter(str(key.get(field)) for key in keys).items():
