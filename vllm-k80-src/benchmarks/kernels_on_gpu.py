@@ -3,7 +3,7 @@
 The fat binary carries PTX beside the code for the K80, so any newer GPU can run the very
 kernels. Needs torch with CUDA and `vllm_k80/kernels/vllm_k80.fatbin` (csrc/build.sh), not vLLM.
 
-    python benchmarks/kernels_on_gpu.py [RESULT.json]
+    python benchmarks/kernels_on_gpu.py {norms,gemv} [RESULT.json]
 
 Exit status 1 if any result is off. Times are those of this GPU, not of a K80.
 """
@@ -20,6 +20,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import gemv_on_gpu
+from measure import error, microseconds
+
 from vllm_k80 import ops
 from vllm_k80.ops import driver, reference
 
@@ -30,13 +33,6 @@ VALUES = {"normal": 1.0, "large": 1e4, "small": 1e-6}
 # Allowed error, as a multiple of that of the reference, both against FP64. The kernel adds in
 # another order, so it is not equal to the last digit.
 FACTOR = 2.0
-
-
-def error(result: torch.Tensor, exact: torch.Tensor) -> float:
-    """Largest difference relative to the largest value."""
-    if not exact.numel():
-        return 0.0
-    return ((result.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)).item()
 
 
 def compare() -> tuple[int, list[dict[str, Any]]]:
@@ -92,22 +88,6 @@ def compare() -> tuple[int, list[dict[str, Any]]]:
     return count, off
 
 
-def microseconds(function: Any) -> float:
-    """Median time of a call on the GPU, over 20 batches of 50."""
-    for _ in range(20):
-        function()
-    times = []
-    for _ in range(20):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(50):
-            function()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 50 * 1e3)
-    return sorted(times)[len(times) // 2]
-
-
 def time_all() -> list[dict[str, Any]]:
     """Kernel against reference, for hidden sizes of 135M, 7B and 13B models."""
     rows = []
@@ -132,8 +112,14 @@ def time_all() -> list[dict[str, Any]]:
     return rows
 
 
+SUITES = {"norms": (compare, time_all), "gemv": (gemv_on_gpu.compare, gemv_on_gpu.time_all)}
+
+
 def main() -> int:
     """Compare, time, print and write the result."""
+    if len(sys.argv) < 2 or sys.argv[1] not in SUITES:
+        print(f"usage: kernels_on_gpu.py {{{','.join(SUITES)}}} [RESULT.json]", file=sys.stderr)
+        return 2
     if not torch.cuda.is_available():
         print("kernels_on_gpu: no CUDA device here.", file=sys.stderr)
         return 2
@@ -142,7 +128,8 @@ def main() -> int:
             f"kernels_on_gpu: {driver.FAT_BINARY} is missing; run csrc/build.sh.", file=sys.stderr
         )
         return 2
-    count, off = compare()
+    compare_suite, time_suite = SUITES[sys.argv[1]]
+    count, off = compare_suite()
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     result = {
         "date": datetime.now(UTC).date().isoformat(),
@@ -154,13 +141,13 @@ def main() -> int:
         "note": "compute_37 PTX, translated by this driver; not measured on a K80",
         "comparisons": count,
         "off": off,
-        "launches": {name: calls for name, calls in ops.CALLS.items() if "norm" in name},
-        "times": time_all(),
+        "launches": dict(ops.CALLS),
+        "times": time_suite(),
     }
     text = json.dumps(result, indent=1)
     print(text)
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(text + "\n")
+    if len(sys.argv) > 2:
+        Path(sys.argv[2]).write_text(text + "\n")
     return 1 if off else 0
 
 

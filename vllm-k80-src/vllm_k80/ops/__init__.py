@@ -26,11 +26,21 @@ _SCHEMAS: dict[str, str] = {
     "silu_and_mul": "(Tensor x) -> Tensor",
     "linear": "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
     "linear_w4": (
-        "(Tensor x, Tensor qweight, Tensor scale, Tensor minimum, Tensor? bias=None) -> Tensor"
+        "(Tensor x, Tensor qweight, Tensor scale, Tensor? minimum, Tensor? bias=None,"
+        " Tensor? zero=None) -> Tensor"
     ),
     "linear_w8": "(Tensor x, Tensor qweight, Tensor scale, Tensor? bias=None) -> Tensor",
+    "gemv_w4": (
+        "(Tensor x, Tensor qweight, Tensor scale, Tensor? minimum, Tensor? bias=None,"
+        " Tensor? zero=None) -> Tensor"
+    ),
+    "gemv_w8": "(Tensor x, Tensor qweight, Tensor scale, Tensor? bias=None) -> Tensor",
+    "gemv_f16": "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+    "dequant_w4": ("(Tensor qweight, Tensor scale, Tensor? minimum, Tensor? zero=None) -> Tensor"),
+    "dequant_w8": "(Tensor qweight, Tensor scale) -> Tensor",
     "embedding_w4": (
-        "(Tensor ids, Tensor qweight, Tensor scale, Tensor minimum, ScalarType dtype) -> Tensor"
+        "(Tensor ids, Tensor qweight, Tensor scale, Tensor? minimum, ScalarType dtype,"
+        " Tensor? zero=None) -> Tensor"
     ),
     "embedding_w8": "(Tensor ids, Tensor qweight, Tensor scale, ScalarType dtype) -> Tensor",
     "reshape_and_cache": (

@@ -39,15 +39,15 @@ def _check(result: int, what: str) -> None:
 
 
 @functools.cache
-def _module(device: int) -> ctypes.c_void_p:
-    """The fat binary, loaded into the primary context of ``device``."""
+def _module(device: int, path: Path) -> ctypes.c_void_p:
+    """The fat binary ``path``, loaded into the primary context of ``device``."""
     with torch.cuda.device(device):
         torch.cuda.synchronize()  # makes torch's context, the primary one, current
         module = ctypes.c_void_p()
-        image = FAT_BINARY.read_bytes()
+        image = path.read_bytes()
         _check(
             _driver().cuModuleLoadData(ctypes.byref(module), image),
-            f"loading {FAT_BINARY.name} on CUDA device {device}",
+            f"loading {path.name} on CUDA device {device}",
         )
         return module
 
@@ -59,19 +59,20 @@ class Kernel:
         name: its ``extern "C"`` name.
         signature: one letter an argument: ``p`` pointer, ``i`` int32, ``f`` FP32.
         device: index of the CUDA device.
+        path: of the fat binary.
 
     The argument array is made once, so a launch costs no allocation; a lock keeps two threads
     from filling it at the same time.
     """
 
-    def __init__(self, name: str, signature: str, device: int) -> None:
+    def __init__(self, name: str, signature: str, device: int, path: Path = FAT_BINARY) -> None:
         self._name = name
         self._device = device
         self._lock = threading.Lock()
         self._function = ctypes.c_void_p()
         _check(
             _driver().cuModuleGetFunction(
-                ctypes.byref(self._function), _module(device), name.encode()
+                ctypes.byref(self._function), _module(device, path), name.encode()
             ),
             f"looking up kernel {name}",
         )
@@ -79,14 +80,18 @@ class Kernel:
         addresses = [ctypes.addressof(value) for value in self._values]
         self._arguments = (ctypes.c_void_p * len(addresses))(*addresses)
 
-    def launch(self, grid: int, block: int, *arguments: float) -> None:
-        """Launch on torch's current stream with ``grid`` blocks of ``block`` threads."""
+    def launch(self, grid: int | tuple[int, int], block: int, *arguments: float | None) -> None:
+        """Launch on torch's current stream: ``grid`` blocks (x, or x and y) of ``block`` threads.
+
+        A pointer that is None is null.
+        """
+        width, height = grid if isinstance(grid, tuple) else (grid, 1)
         stream = torch._C._cuda_getCurrentRawStream(self._device)
         with self._lock:
             for value, argument in zip(self._values, arguments, strict=True):
                 value.value = argument
             result = _driver().cuLaunchKernel(
-                self._function, grid, 1, 1, block, 1, 1, 0, stream, self._arguments, None
+                self._function, width, height, 1, block, 1, 1, 0, stream, self._arguments, None
             )
         _check(result, f"launching kernel {self._name}")
 

@@ -15,20 +15,34 @@ from torch.nn import functional
 # cache. Twice as much took twice the time (2026-11-24, x86 server core).
 _TILE_ELEMENTS = 1 << 18
 
+# Most rows of x that the gemv operators take: beyond, dequantization and a matrix product,
+# which read the weight once, cost less.
+GEMV_ROWS = 32
+# Columns of an INT4 or INT8 weight that may share a scale in the gemv operators.
+GROUPS = (32, 64, 128)
+_DTYPES = (torch.float32, torch.float16)
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
 
 
-def _linear_in_tiles(
-    x: Tensor, rows: int, bias: Tensor | None, multiply: Callable[[Tensor, slice, Tensor], None]
+def linear_in_tiles(
+    x: Tensor,
+    rows: int,
+    bias: Tensor | None,
+    multiply: Callable[[Tensor, slice, Tensor], None],
+    tile: int = _TILE_ELEMENTS,
 ) -> Tensor:
-    """`linear` with a weight of ``rows`` rows that ``multiply(x, rows, out)`` takes in tiles."""
+    """`linear` with a weight of ``rows`` rows that ``multiply(x, rows, out)`` takes in tiles.
+
+    ``tile`` is the number of a tile's elements, at most (but at least one row).
+    """
     columns = x.shape[-1]
     wide = x.float().view(-1, columns)
     y = torch.empty(wide.shape[0], rows, dtype=torch.float32, device=x.device)
-    step = max(1, _TILE_ELEMENTS // max(1, columns))
+    step = max(1, tile // max(1, columns))
     for start in range(0, rows, step):
         part = slice(start, start + step)
         multiply(wide, part, y[:, part])
@@ -133,53 +147,93 @@ def _groups(name: str, elements: int, scale: Tensor, rows: int) -> int:
     return elements // int(scale.shape[1])
 
 
-def _dequantize_w4_halves(qweight: Tensor, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
+def _dequantize_w4_halves(
+    qweight: Tensor, scale: Tensor, minimum: Tensor | None, zero: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The even and the odd columns of an INT4 weight, each [N, K/2] FP32."""
     rows, packed = qweight.shape
     grouped = qweight.view(rows, scale.shape[1], -1)
-    wide_scale, wide_minimum = scale.float().unsqueeze(-1), minimum.float().unsqueeze(-1)
-    even, odd = (
-        nibbles.float().mul_(wide_scale).add_(wide_minimum).view(rows, packed)
-        for nibbles in (grouped & 0x0F, grouped >> 4)
+    halves = []
+    for nibbles in (grouped & 0x0F, grouped >> 4):
+        wide = nibbles.float()
+        if zero is not None:
+            wide.sub_(zero.float().unsqueeze(-1))
+        wide.mul_(scale.float().unsqueeze(-1))
+        if minimum is not None:
+            wide.add_(minimum.float().unsqueeze(-1))
+        halves.append(wide.view(rows, packed))
+    return halves[0], halves[1]
+
+
+def check_w4(
+    name: str, qweight: Tensor, scale: Tensor, minimum: Tensor | None, zero: Tensor | None
+) -> int:
+    """The group size of an INT4 weight, checked."""
+    offset = minimum if zero is None else zero
+    _require(
+        offset is not None and (minimum is None or zero is None),
+        f"{name}: give either minimum or zero",
     )
-    return even, odd
+    assert offset is not None
+    _require(
+        qweight.dim() == 2 and qweight.dtype == torch.uint8,
+        f"{name}: qweight must be uint8 of two dimensions, it is {qweight.dtype} of "
+        f"{qweight.dim()}",
+    )
+    rows, packed = qweight.shape
+    group = _groups(name, 2 * packed, scale, rows)
+    _require(group % 2 == 0, f"{name}: the group size must be even, it is {group}")
+    _require(
+        offset.shape == scale.shape,
+        f"{name}: {'minimum' if zero is None else 'zero'} is {tuple(offset.shape)}, "
+        f"scale is {tuple(scale.shape)}",
+    )
+    return group
 
 
 def linear_w4(
-    x: Tensor, qweight: Tensor, scale: Tensor, minimum: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    bias: Tensor | None = None,
+    zero: Tensor | None = None,
 ) -> Tensor:
-    """`linear` with an INT4 weight, ``w[n, k] = q[n, k] * scale[n, g] + minimum[n, g]``.
+    """`linear` with an INT4 weight.
+
+    ``w[n, k] = q[n, k] * scale[n, g] + minimum[n, g]`` or, with ``zero`` in place of
+    ``minimum``, ``(q[n, k] - zero[n, g]) * scale[n, g]``.
 
     Args:
         x: [..., K], FP32 or FP16.
         qweight: [N, K/2] uint8; byte j holds column 2j in its low and 2j+1 in its high half.
-        scale, minimum: [N, K/group], FP16 or FP32; group is even.
+        scale, minimum, zero: [N, K/group], FP16 or FP32; group is even.
         bias: [N] or None.
 
     Returns:
         [..., N] in the dtype of ``x``.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or not exactly one of minimum and zero is given.
     """
     rows, packed = qweight.shape
     _require(
         x.shape[-1] == 2 * packed,
         f"linear_w4: x has {x.shape[-1]} columns, qweight holds {2 * packed}",
     )
-    group = _groups("linear_w4", 2 * packed, scale, rows)
-    _require(group % 2 == 0, f"linear_w4: the group size must be even, it is {group}")
-    _require(
-        minimum.shape == scale.shape,
-        f"linear_w4: minimum is {tuple(minimum.shape)}, scale is {tuple(scale.shape)}",
-    )
+    check_w4("linear_w4", qweight, scale, minimum, zero)
 
     def multiply(wide: Tensor, part: slice, out: Tensor) -> None:
-        even, odd = _dequantize_w4_halves(qweight[part], scale[part], minimum[part])
+        even, odd = _dequantize_w4_halves(
+            qweight[part],
+            scale[part],
+            None if minimum is None else minimum[part],
+            None if zero is None else zero[part],
+        )
         # Even and odd columns apart: the sum is the same and no nibble has to be moved.
         torch.addmm(wide[:, 0::2] @ even.t(), wide[:, 1::2], odd.t(), out=out)
 
-    return _linear_in_tiles(x, rows, bias, multiply)
+    return linear_in_tiles(x, rows, bias, multiply)
 
 
 def _dequantize_w8(qweight: Tensor, scale: Tensor) -> Tensor:
@@ -213,11 +267,183 @@ def linear_w8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = N
     def multiply(wide: Tensor, part: slice, out: Tensor) -> None:
         torch.mm(wide, _dequantize_w8(qweight[part], scale[part]).t(), out=out)
 
-    return _linear_in_tiles(x, rows, bias, multiply)
+    return linear_in_tiles(x, rows, bias, multiply)
+
+
+def check_gemv(
+    name: str,
+    x: Tensor,
+    rows: int,
+    columns: int,
+    group: int | None,
+    parts: dict[str, Tensor | None],
+) -> int:
+    """Check what the gemv operators take; returns the rows of ``x``.
+
+    Args:
+        name: of the operator. x: its first argument.
+        rows, columns: of the weight; a group has ``group`` columns, None is a weight without.
+        parts: the other tensors by name; ``scale``, ``minimum``, ``zero`` and ``bias`` are
+            floating, FP32 or FP16.
+
+    Raises:
+        ValueError: naming the argument, its value and what is supported.
+    """
+    _require(x.dtype in _DTYPES, f"{name}: x is {x.dtype}; torch.float32 and float16 are supported")
+    _require(
+        x.dim() >= 1 and x.shape[-1] == columns,
+        f"{name}: x has shape {tuple(x.shape)}, the weight has {columns} columns",
+    )
+    tokens = x.numel() // columns if columns else 0
+    _require(tokens <= GEMV_ROWS, f"{name}: x has {tokens} rows; up to {GEMV_ROWS} are supported")
+    _require(
+        group is None or group in GROUPS,
+        f"{name}: the group size is {group}; {', '.join(map(str, GROUPS))} are supported",
+    )
+    scale = parts.get("scale")
+    for argument, part in parts.items():
+        if part is None:
+            continue
+        _require(
+            part.device == x.device, f"{name}: {argument} is on {part.device}, x is on {x.device}"
+        )
+        _require(part.is_contiguous(), f"{name}: {argument} must be contiguous")
+        if argument in ("qweight", "weight"):
+            continue
+        _require(
+            part.dtype in _DTYPES,
+            f"{name}: {argument} is {part.dtype}; torch.float32 and float16 are supported",
+        )
+        _require(
+            argument != "bias" or part.shape == (rows,),
+            f"{name}: bias has shape {tuple(part.shape)}, the weight has {rows} rows",
+        )
+        _require(
+            argument == "bias" or scale is None or part.dtype == scale.dtype,
+            f"{name}: {argument} is {part.dtype}, unlike scale",
+        )
+    return tokens
+
+
+def check_gemv_w4(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    bias: Tensor | None,
+    zero: Tensor | None,
+) -> tuple[int, int]:
+    """`check_gemv` for `gemv_w4`; returns the rows of ``x`` and the group size."""
+    group = check_w4("gemv_w4", qweight, scale, minimum, zero)
+    parts = {"qweight": qweight, "scale": scale, "minimum": minimum, "zero": zero, "bias": bias}
+    return check_gemv("gemv_w4", x, qweight.shape[0], 2 * qweight.shape[1], group, parts), group
+
+
+def gemv_w4(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    bias: Tensor | None = None,
+    zero: Tensor | None = None,
+) -> Tensor:
+    """`linear_w4` for up to 32 rows of x, in one kernel.
+
+    Raises:
+        ValueError: more rows of x, a group size other than 32, 64 and 128, other dtypes than
+            FP32 and FP16, parts that are not contiguous, shapes that do not fit.
+    """
+    check_gemv_w4(x, qweight, scale, minimum, bias, zero)
+    return linear_w4(x, qweight, scale, minimum, bias, zero)
+
+
+def check_gemv_w8(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None
+) -> tuple[int, int]:
+    """`check_gemv` for `gemv_w8`; returns the rows of ``x`` and the group size."""
+    _require(
+        qweight.dim() == 2 and qweight.dtype == torch.int8,
+        f"gemv_w8: qweight must be int8 of two dimensions, it is {qweight.dtype} of "
+        f"{qweight.dim()}",
+    )
+    rows, columns = qweight.shape
+    group = _groups("gemv_w8", columns, scale, rows)
+    _require(
+        columns % 16 == 0,
+        f"gemv_w8: the weight has {columns} columns; multiples of 16 are supported",
+    )
+    parts = {"qweight": qweight, "scale": scale, "bias": bias}
+    whole = group == columns  # one scale a row
+    return check_gemv("gemv_w8", x, rows, columns, None if whole else group, parts), group
+
+
+def gemv_w8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear_w8` for up to 32 rows of x, in one kernel.
+
+    Raises:
+        ValueError: as `gemv_w4`; the group size may also be the whole row, of a multiple of 16
+            columns.
+    """
+    check_gemv_w8(x, qweight, scale, bias)
+    return linear_w8(x, qweight, scale, bias)
+
+
+def check_gemv_f16(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+    """`check_gemv` for `gemv_f16`; returns the rows of ``x``."""
+    _require(
+        weight.dim() == 2 and weight.dtype == torch.float16,
+        f"gemv_f16: weight must be float16 of two dimensions, it is {weight.dtype} of "
+        f"{weight.dim()}",
+    )
+    rows, columns = weight.shape
+    _require(
+        columns % 8 == 0,
+        f"gemv_f16: the weight has {columns} columns; multiples of 8 are supported",
+    )
+    return check_gemv("gemv_f16", x, rows, columns, None, {"weight": weight, "bias": bias})
+
+
+def gemv_f16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` with an FP16 weight for up to 32 rows of x, in one kernel.
+
+    Raises:
+        ValueError: more rows of x, other dtypes, a number of columns that is no multiple of 8,
+            parts that are not contiguous, shapes that do not fit.
+    """
+    check_gemv_f16(x, weight, bias)
+    return linear(x, weight, bias)
+
+
+def dequant_w4(
+    qweight: Tensor, scale: Tensor, minimum: Tensor | None, zero: Tensor | None = None
+) -> Tensor:
+    """An INT4 weight (layout of `linear_w4`) in FP32, [N, K]: what prefill hands to cuBLAS.
+
+    Raises:
+        ValueError: the shapes do not fit, or not exactly one of minimum and zero is given.
+    """
+    check_w4("dequant_w4", qweight, scale, minimum, zero)
+    halves = _dequantize_w4_halves(qweight, scale, minimum, zero)
+    return torch.stack(halves, dim=-1).view(qweight.shape[0], -1)
+
+
+def dequant_w8(qweight: Tensor, scale: Tensor) -> Tensor:
+    """An INT8 weight (layout of `linear_w8`) in FP32, [N, K].
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    _groups("dequant_w8", qweight.shape[1], scale, qweight.shape[0])
+    return _dequantize_w8(qweight, scale)
 
 
 def embedding_w4(
-    ids: Tensor, qweight: Tensor, scale: Tensor, minimum: Tensor, dtype: torch.dtype
+    ids: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    dtype: torch.dtype,
+    zero: Tensor | None = None,
 ) -> Tensor:
     """Rows ``ids`` of an INT4 weight (layout of `linear_w4`), dequantized.
 
@@ -228,7 +454,12 @@ def embedding_w4(
         [..., K] in ``dtype``.
     """
     flat = ids.flatten()
-    halves = _dequantize_w4_halves(qweight[flat], scale[flat], minimum[flat])
+    halves = _dequantize_w4_halves(
+        qweight[flat],
+        scale[flat],
+        None if minimum is None else minimum[flat],
+        None if zero is None else zero[flat],
+    )
     return torch.stack(halves, dim=-1).to(dtype).view(*ids.shape, 2 * qweight.shape[1])
 
 

@@ -47,8 +47,11 @@ def _pair_neighbours(halves: Tensor) -> Tensor:
 def _pack_q4_0(raw: Tensor) -> PackedWeight:
     blocks = _blocks(raw, GGMLQuantizationType.Q4_0)
     scale = _fp16(blocks[..., :_HALF])
-    # Q4_0 is (q - 8) * scale; 8 * scale is exact in FP16 unless it overflows, so keep it FP32.
-    return PackedWeight(_pair_neighbours(blocks[..., _HALF:]), scale.float(), scale.float() * -8.0)
+    # Q4_0 is (q - 8) * scale. 8 * scale is exact in FP16 unless it overflows.
+    minimum = scale.float() * -8.0
+    if not minimum.half().isinf().any():
+        minimum = minimum.half()
+    return PackedWeight(_pair_neighbours(blocks[..., _HALF:]), scale.to(minimum.dtype), minimum)
 
 
 def _pack_q4_1(raw: Tensor) -> PackedWeight:
@@ -110,9 +113,8 @@ class K80GGUFLinearMethod(upstream.GGUFLinearMethod):
         layer.packed_weights = concatenate(weights)
         # Registered so that memory accounting and .to(device) see them.
         for index, weight in enumerate(layer.packed_weights):
-            for field in ("qweight", "scale", "minimum"):
-                if (part := getattr(weight, field)) is not None:
-                    layer.register_buffer(f"{field}_{index}", part, persistent=False)
+            for name, part in weight.named_parts().items():
+                layer.register_buffer(f"{name}_{index}", part, persistent=False)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if len(layer.packed_weights) == 1:

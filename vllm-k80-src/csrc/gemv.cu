@@ -1,0 +1,372 @@
+// Products of a few rows of x with a weight: y[t, n] = sum_k x[t, k] * w[n, k] + bias[n].
+//
+//   gemv_w4_{f16,f32,z16,z32}_m{1,2,4,8}   INT4, groups of 32, 64 or 128 columns
+//   gemv_w8_{f16,f32}_m{1,2,4,8}           INT8, groups of 32, 64 or 128 columns, or a row
+//   gemv_f16_m{1,2,4,8}                    FP16
+//   dequant_w4_{f16,f32,z16,z32}, dequant_w8_{f16,f32}   rows of a weight as FP32, for cuBLAS
+//
+// m{1,2,4,8} is the most rows of x that a block takes; m8 takes more in tiles of eight. x [T, K]
+// and y [T, N]: FP32 or FP16 (flag kHalfX), row-major. bias [N] FP32 or FP16 (kHalfBias) or
+// null. scale and offset: FP16 in kernels ..._f16 and ..._z16, else FP32.
+//
+// Weight layouts, row-major, rows 16-byte aligned:
+//   INT4  qweight [N, K/2] uint8; byte j of a row holds column 2j in its low and column 2j+1 in
+//         its high half, so that nibble j of a little-endian 32-bit word is column 8*word + j.
+//         scale, offset [N, K/group]. w = q * scale + offset; in ..._z16 and ..._z32 offset is a
+//         zero point and w = (q - offset) * scale.
+//   INT8  qweight [N, K] int8, scale [N, K/group]. w = q * scale.
+//   FP16  weight [N, K].
+// K is a multiple of the columns that 128 bits hold: 32, 16, 8.
+//
+// How it works. A warp computes kRows rows for up to kTokens rows of x. A lane takes 128 bits
+// of each row in a step, so a step covers 1024, 512 or 256 columns and every load of weights is
+// coalesced. x is staged in shared memory, each lane's columns apart by an odd number of
+// 128-bit words, so that both sides are free of bank conflicts; the read-only cache, whose
+// bandwidth on this card is the least certain of all, serves weights and scales alone.
+//
+// Unpacking. The card has no fused three-input logic and converts 32 values a clock at most,
+// but FFMA takes denormals at full speed. A nibble or byte masked out of a word is, as the bits
+// of a float, its value times 2^(position - 149), and stays so up to bit 23, where the exponent
+// field turns from 0 to 1 and counts the same. One AND thus makes a factor; x is multiplied by
+// 2^(kBias - position) when it is staged. What lies above bit 23 is shifted down first. The
+// remaining 2^(kBias - 149) is taken out together with the group's scale. Denormals must not be
+// flushed: no -ftz, no fast math. x has its full precision from 2^-43 to 2^38 and FP16's whole
+// range with it; beyond 2^38 it overflows.
+//
+// The sum over a lane's columns comes first, in FP32, then scale and offset are applied to it:
+// offset needs the sum of x over them, which is made once, when x is staged.
+#include <cuda_fp16.h>
+
+namespace gemv {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr unsigned kAll = 0xffffffffu;
+constexpr int kHalfX = 1, kHalfBias = 2;  // flags
+
+// 2^kBias is what x is multiplied with at bit position 0; 2^kUnbias takes it out again.
+constexpr float kBias0 = 0x1p90f, kBias4 = 0x1p86f, kBias8 = 0x1p82f, kBias12 = 0x1p78f;
+constexpr float kBias16 = 0x1p74f, kBias20 = 0x1p70f;
+constexpr float kUnbias = 0x1p59f;
+
+__device__ __forceinline__ float number(const float* p) { return __ldg(p); }
+__device__ __forceinline__ float number(const __half* p) {
+  return __half2float(__ushort_as_half(__ldg(reinterpret_cast<const unsigned short*>(p))));
+}
+__device__ __forceinline__ float2 pair(unsigned bits) {
+  return make_float2(__half2float(__ushort_as_half(bits & 0xffffu)),
+                     __half2float(__ushort_as_half(bits >> 16)));
+}
+__device__ __forceinline__ float bits(unsigned v) { return __uint_as_float(v); }
+__device__ __forceinline__ unsigned word(const uint4& q, int i) {
+  return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w;
+}
+
+// A weight's format: columns in 128 bits, and `part` i of them (four columns) as factors.
+struct Int4 {
+  static constexpr int kColumns = 32;
+  static constexpr bool kScaled = true;
+  // Odd parts hold nibbles 4 to 7 of a word, of which 6 and 7 were shifted down by 8.
+  static __device__ __forceinline__ float4 factors(unsigned part) {
+    return part & 1 ? make_float4(kBias16, kBias20, kBias16, kBias20)
+                    : make_float4(kBias0, kBias4, kBias8, kBias12);
+  }
+  static __device__ __forceinline__ float4 unpack(const uint4& q, int part) {
+    const unsigned v = word(q, part / 2), h = v >> 8;
+    return part & 1 ? make_float4(bits(v & 0xf0000u), bits(v & 0xf00000u), bits(h & 0xf0000u),
+                                  bits(h & 0xf00000u))
+                    : make_float4(bits(v & 0xfu), bits(v & 0xf0u), bits(v & 0xf00u),
+                                  bits(v & 0xf000u));
+  }
+};
+
+// Bytes are made unsigned by adding 128, which the offset -128 * scale takes back.
+struct Int8 {
+  static constexpr int kColumns = 16;
+  static constexpr bool kScaled = true;
+  static __device__ __forceinline__ float4 factors(unsigned) {
+    return make_float4(kBias0, kBias8, kBias16, kBias0);
+  }
+  static __device__ __forceinline__ float4 unpack(const uint4& q, int part) {
+    const unsigned v = word(q, part) ^ 0x80808080u;
+    return make_float4(bits(v & 0xffu), bits(v & 0xff00u), bits(v & 0xff0000u), bits(v >> 24));
+  }
+};
+
+struct Half {
+  static constexpr int kColumns = 8;
+  static constexpr bool kScaled = false;
+  static __device__ __forceinline__ float4 factors(unsigned) { return make_float4(1.f, 1.f, 1.f, 1.f); }
+  static __device__ __forceinline__ float4 unpack(const uint4& q, int part) {
+    const float2 a = pair(word(q, 2 * part)), b = pair(word(q, 2 * part + 1));
+    return make_float4(a.x, a.y, b.x, b.y);
+  }
+};
+
+// What follows the scale in memory: a minimum, a zero point, or nothing (INT8).
+enum Offset { kMinimum, kZero, kNone };
+
+// Sums of kCount values (a power of two up to 32) over the warp, in 31 shuffles at most. Lane l
+// gets the sum of value l / (32 / kCount).
+template <int kCount>
+__device__ __forceinline__ float warp_sums(float* v, int lane, int offset = 16) {
+  const bool upper = lane & offset;
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) {
+    const float keep = upper ? v[i + kCount / 2] : v[i];
+    const float give = upper ? v[i] : v[i + kCount / 2];
+    v[i] = keep + __shfl_xor_sync(kAll, give, offset);
+  }
+  return warp_sums<kCount / 2>(v, lane, offset >> 1);
+}
+template <>
+__device__ __forceinline__ float warp_sums<1>(float* v, int, int offset) {
+  float sum = v[0];
+  for (; offset; offset >>= 1) sum += __shfl_xor_sync(kAll, sum, offset);
+  return sum;
+}
+
+// kRows rows a warp, kTokens rows of x, kSteps steps staged at a time. kFold multiplies the
+// weight with its scale instead of the sum: more instructions for few tokens, but it needs half
+// the registers.
+template <class W, class Scale, Offset kOffset, int kTokens, int kRows, int kSteps, bool kFold>
+__device__ __forceinline__ void product(const uint4* __restrict__ weight,
+                                        const Scale* __restrict__ scale,
+                                        const Scale* __restrict__ offset,
+                                        const void* __restrict__ x, const void* __restrict__ bias,
+                                        void* __restrict__ y, int rows, int columns,
+                                        int group_shift, int tokens, int flags) {
+  constexpr int kParts = W::kColumns / 4;
+  constexpr int kStride = 32 + 8 / kParts;  // of a part, in float4: no bank conflicts
+  constexpr int kStagedStep = kTokens * kParts * kStride;
+  constexpr bool kSums = W::kScaled;
+  __shared__ float4 staged[kSteps * kStagedStep];
+  __shared__ float sums[kSums ? kSteps * kTokens * 32 : 1];
+
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  // More than eight rows of x: the blocks that read the same weights run side by side.
+  const int block = kTokens == 8 ? blockIdx.y : blockIdx.x;
+  const int token0 = kTokens == 8 ? blockIdx.x * kTokens : 0;
+  const int row0 = (block * kWarps + warp) * kRows;
+  const int units = static_cast<unsigned>(columns) / W::kColumns;  // of 128 bits, in a row
+  const int groups = ((units - 1) >> group_shift) + 1;
+  const unsigned part = threadIdx.x % kParts;
+  const float4 factor = W::factors(part);
+
+  float acc[kRows * kTokens];
+#pragma unroll
+  for (int i = 0; i < kRows * kTokens; ++i) acc[i] = 0.f;
+  int row[kRows];  // rows past the end repeat the last one and are not stored
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) row[r] = min(row0 + r, rows - 1);
+
+  for (int base = 0; base < units; base += kSteps * 32) {
+    // Every load first, then all that waits for them.
+    constexpr int kPieces = kSteps * kParts * 32 / kThreads;  // of four columns, a thread
+    float4 v[kTokens * kPieces];
+    const int k0 = base * W::kColumns + static_cast<int>(threadIdx.x) * 4;
+#pragma unroll
+    for (int i = 0; i < kTokens * kPieces; ++i) v[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (flags & kHalfX) {
+      const __half* from = static_cast<const __half*>(x) + static_cast<size_t>(token0) * columns + k0;
+#pragma unroll
+      for (int i = 0; i < kTokens * kPieces; ++i) {
+        const int t = i / kPieces, k = i % kPieces * kThreads * 4;
+        if (k0 + k >= columns || token0 + t >= tokens) continue;
+        const uint2 h = __ldg(reinterpret_cast<const uint2*>(from + static_cast<size_t>(t) * columns + k));
+        const float2 a = pair(h.x), b = pair(h.y);
+        v[i] = make_float4(a.x, a.y, b.x, b.y);
+      }
+    } else {
+      const float* from = static_cast<const float*>(x) + static_cast<size_t>(token0) * columns + k0;
+#pragma unroll
+      for (int i = 0; i < kTokens * kPieces; ++i) {
+        const int t = i / kPieces, k = i % kPieces * kThreads * 4;
+        if (k0 + k < columns && token0 + t < tokens)
+          v[i] = __ldg(reinterpret_cast<const float4*>(from + static_cast<size_t>(t) * columns + k));
+      }
+    }
+    if (base) __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kTokens * kPieces; ++i) {
+      constexpr int kStepThreads = kParts * 32;
+      const unsigned piece = i % kPieces * kThreads + threadIdx.x;
+      const unsigned slot = piece / kStepThreads * kTokens + i / kPieces;
+      const unsigned owner = piece / kParts % 32;
+      if (kSums) {
+        float sum = (v[i].x + v[i].y) + (v[i].z + v[i].w);
+#pragma unroll
+        for (int o = 1; o < kParts; o *= 2) sum += __shfl_xor_sync(kAll, sum, o);
+        if (!part) sums[slot * 32 + owner] = sum;
+      }
+      staged[(slot * kParts + part) * kStride + owner] = make_float4(
+          v[i].x * factor.x, v[i].y * factor.y, v[i].z * factor.z, v[i].w * factor.w);
+    }
+    __syncthreads();
+
+    const int steps = min(kSteps, (units - base + 31) >> 5);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      // Lanes past the end repeat the last unit; their x is zero.
+      const int unit = min(base + step * 32 + lane, units - 1);
+      uint4 q[kRows];
+      float s[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) q[r] = __ldg(weight + static_cast<size_t>(row[r]) * units + unit);
+#pragma unroll
+      for (int r = 0; W::kScaled && r < kRows; ++r)
+        s[r] = kUnbias * number(scale + static_cast<size_t>(row[r]) * groups + (unit >> group_shift));
+      constexpr bool kPart = W::kScaled && !kFold;
+      float sum[kPart ? kRows * kTokens : 1];
+#pragma unroll
+      for (int i = 0; kPart && i < kRows * kTokens; ++i) sum[i] = 0.f;
+      const float4* mine = staged + step * kStagedStep + lane;
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) {
+        float4 v[kTokens];
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) v[t] = mine[(t * kParts + i) * kStride];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          float4 w = W::unpack(q[r], i);
+          if (W::kScaled && kFold) w = make_float4(w.x * s[r], w.y * s[r], w.z * s[r], w.w * s[r]);
+          float* into = kPart ? sum + r * kTokens : acc + r * kTokens;
+#pragma unroll
+          for (int t = 0; t < kTokens; ++t) into[t] = fmaf(w.x, v[t].x, into[t]);
+#pragma unroll
+          for (int t = 0; t < kTokens; ++t) into[t] = fmaf(w.y, v[t].y, into[t]);
+#pragma unroll
+          for (int t = 0; t < kTokens; ++t) into[t] = fmaf(w.z, v[t].z, into[t]);
+#pragma unroll
+          for (int t = 0; t < kTokens; ++t) into[t] = fmaf(w.w, v[t].w, into[t]);
+        }
+      }
+#pragma unroll
+      for (int r = 0; W::kScaled && r < kRows; ++r) {
+        float b;
+        if (kOffset == kNone) {
+          b = s[r] * (-128.f / kUnbias);
+        } else {
+          b = number(offset + static_cast<size_t>(row[r]) * groups + (unit >> group_shift));
+          if (kOffset == kZero) b *= s[r] * (-1.f / kUnbias);
+        }
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
+          float& a = acc[r * kTokens + t];
+          if (kPart) a = fmaf(s[r], sum[r * kTokens + t], a);
+          a = fmaf(b, sums[(step * kTokens + t) * 32 + lane], a);
+        }
+      }
+    }
+  }
+
+  constexpr int kBatch = kRows * kTokens < 32 ? kRows * kTokens : 32;
+#pragma unroll
+  for (int first = 0; first < kRows * kTokens; first += kBatch) {
+    float v = warp_sums<kBatch>(acc + first, lane);
+    const int i = first + lane / (32 / kBatch);
+    const int n = row0 + i / kTokens, t = token0 + i % kTokens;
+    if (lane % (32 / kBatch) || n >= rows || t >= tokens) continue;
+    if (bias)
+      v += flags & kHalfBias ? number(static_cast<const __half*>(bias) + n)
+                             : number(static_cast<const float*>(bias) + n);
+    const size_t at = static_cast<size_t>(t) * rows + n;
+    if (flags & kHalfX)
+      static_cast<__half*>(y)[at] = __float2half(v);
+    else
+      static_cast<float*>(y)[at] = v;
+  }
+}
+
+// 32 bits of a weight a thread: out[i] for its eight INT4 or four INT8 columns. `out` is FP32,
+// row-major, of `words` * 8 or 4 elements; a group is `group_words` words.
+template <class Scale, Offset kOffset>
+__device__ __forceinline__ void dequantize(const unsigned* __restrict__ weight,
+                                           const Scale* __restrict__ scale,
+                                           const Scale* __restrict__ offset,
+                                           float4* __restrict__ out, int words, int group_words) {
+  const unsigned i = blockIdx.x * kThreads + threadIdx.x;
+  if (i >= words) return;
+  const unsigned group = i / group_words, v = __ldg(weight + i);
+  const float s = number(scale + group);
+  if (kOffset == kNone) {
+    const int q = static_cast<int>(v);
+    out[i] = make_float4(s * (q << 24 >> 24), s * (q << 16 >> 24), s * (q << 8 >> 24), s * (q >> 24));
+    return;
+  }
+  const float b = number(offset + group);
+  float w[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float q = v >> (4 * j) & 0xfu;
+    w[j] = kOffset == kZero ? (q - b) * s : fmaf(q, s, b);
+  }
+  out[2 * i] = make_float4(w[0], w[1], w[2], w[3]);
+  out[2 * i + 1] = make_float4(w[4], w[5], w[6], w[7]);
+}
+
+}  // namespace gemv
+
+// The last three numbers: rows a warp, steps staged at a time, blocks that must fit an SMX.
+#define GEMV_W4(NAME, SCALE, OFFSET, TOKENS, ROWS, STEPS, BLOCKS)                                  \
+  extern "C" __global__ void __launch_bounds__(gemv::kThreads, BLOCKS)                             \
+      gemv_w4_##NAME##_m##TOKENS(const uint4* weight, const SCALE* scale, const SCALE* offset,     \
+                                 const void* x, const void* bias, void* y, int rows, int columns,  \
+                                 int group_shift, int tokens, int flags) {                         \
+    gemv::product<gemv::Int4, SCALE, OFFSET, TOKENS, ROWS, STEPS, (TOKENS > 4)>(                   \
+        weight, scale, offset, x, bias, y, rows, columns, group_shift, tokens, flags);             \
+  }
+#define GEMV_W8(NAME, SCALE, TOKENS, ROWS, STEPS, BLOCKS)                                          \
+  extern "C" __global__ void __launch_bounds__(gemv::kThreads, BLOCKS)                             \
+      gemv_w8_##NAME##_m##TOKENS(const uint4* weight, const SCALE* scale, const void* x,           \
+                                 const void* bias, void* y, int rows, int columns,                 \
+                                 int group_shift, int tokens, int flags) {                         \
+    gemv::product<gemv::Int8, SCALE, gemv::kNone, TOKENS, ROWS, STEPS, (TOKENS > 4)>(              \
+        weight, scale, scale, x, bias, y, rows, columns, group_shift, tokens, flags);              \
+  }
+#define GEMV_F16(TOKENS, ROWS, STEPS, BLOCKS)                                                      \
+  extern "C" __global__ void __launch_bounds__(gemv::kThreads, BLOCKS) gemv_f16_m##TOKENS(         \
+      const uint4* weight, const void* x, const void* bias, void* y, int rows, int columns,        \
+      int tokens, int flags) {                                                                     \
+    gemv::product<gemv::Half, float, gemv::kNone, TOKENS, ROWS, STEPS, false>(                     \
+        weight, nullptr, nullptr, x, bias, y, rows, columns, 0, tokens, flags);                    \
+  }
+#define GEMV_W4_ALL(NAME, SCALE, OFFSET)     \
+  GEMV_W4(NAME, SCALE, OFFSET, 1, 4, 4, 5)   \
+  GEMV_W4(NAME, SCALE, OFFSET, 2, 4, 2, 4)   \
+  GEMV_W4(NAME, SCALE, OFFSET, 4, 4, 1, 4)   \
+  GEMV_W4(NAME, SCALE, OFFSET, 8, 8, 1, 2)
+#define GEMV_W8_ALL(NAME, SCALE)     \
+  GEMV_W8(NAME, SCALE, 1, 4, 8, 5)   \
+  GEMV_W8(NAME, SCALE, 2, 4, 4, 4)   \
+  GEMV_W8(NAME, SCALE, 4, 4, 2, 4)   \
+  GEMV_W8(NAME, SCALE, 8, 8, 2, 2)
+
+#define DEQUANT_W4(NAME, SCALE, OFFSET)                                                            \
+  extern "C" __global__ void __launch_bounds__(gemv::kThreads)                                     \
+      dequant_w4_##NAME(const unsigned* weight, const SCALE* scale, const SCALE* offset,           \
+                        float4* out, int words, int group_words) {                                 \
+    gemv::dequantize<SCALE, OFFSET>(weight, scale, offset, out, words, group_words);               \
+  }
+#define DEQUANT_W8(NAME, SCALE)                                                                    \
+  extern "C" __global__ void __launch_bounds__(gemv::kThreads) dequant_w8_##NAME(                  \
+      const unsigned* weight, const SCALE* scale, float4* out, int words, int group_words) {       \
+    gemv::dequantize<SCALE, gemv::kNone>(weight, scale, scale, out, words, group_words);           \
+  }
+
+GEMV_W4_ALL(f16, __half, gemv::kMinimum)
+GEMV_W4_ALL(f32, float, gemv::kMinimum)
+GEMV_W4_ALL(z16, __half, gemv::kZero)
+GEMV_W4_ALL(z32, float, gemv::kZero)
+GEMV_W8_ALL(f16, __half)
+GEMV_W8_ALL(f32, float)
+GEMV_F16(1, 4, 16, 5)
+GEMV_F16(2, 4, 8, 4)
+GEMV_F16(4, 4, 4, 4)
+GEMV_F16(8, 8, 4, 2)
+DEQUANT_W4(f16, __half, gemv::kMinimum)
+DEQUANT_W4(f32, float, gemv::kMinimum)
+DEQUANT_W4(z16, __half, gemv::kZero)
+DEQUANT_W4(z32, float, gemv::kZero)
+DEQUANT_W8(f16, __half)
+DEQUANT_W8(f32, float)
