@@ -307,9 +307,15 @@ __device__ __forceinline__ void dequantize(const unsigned* __restrict__ weight,
 
 }  // namespace gemv
 
-// The last three numbers: rows a warp, steps staged at a time, blocks that must fit an SMX.
+// The last three numbers: rows a warp, steps staged at a time, blocks that must fit an SMX, which
+// only one with GK210's 128 K registers has room for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 370
+#define GEMV_FIT(BLOCKS) 1
+#else
+#define GEMV_FIT(BLOCKS) BLOCKS
+#endif
 #define GEMV_W4(NAME, SCALE, OFFSET, TOKENS, ROWS, STEPS, BLOCKS)                                  \
-  extern "C" __global__ void __launch_bounds__(gemv::kThreads, BLOCKS)                             \
+  extern "C" __global__ void __launch_bounds__(gemv::kThreads, GEMV_FIT(BLOCKS))                             \
       gemv_w4_##NAME##_m##TOKENS(const uint4* weight, const SCALE* scale, const SCALE* offset,     \
                                  const void* x, const void* bias, void* y, int rows, int columns,  \
                                  int group_shift, int tokens, int flags) {                         \
@@ -317,7 +323,7 @@ __device__ __forceinline__ void dequantize(const unsigned* __restrict__ weight,
         weight, scale, offset, x, bias, y, rows, columns, group_shift, tokens, flags);             \
   }
 #define GEMV_W8(NAME, SCALE, TOKENS, ROWS, STEPS, BLOCKS)                                          \
-  extern "C" __global__ void __launch_bounds__(gemv::kThreads, BLOCKS)                             \
+  extern "C" __global__ void __launch_bounds__(gemv::kThreads, GEMV_FIT(BLOCKS))                             \
       gemv_w8_##NAME##_m##TOKENS(const uint4* weight, const SCALE* scale, const void* x,           \
                                  const void* bias, void* y, int rows, int columns,                 \
                                  int group_shift, int tokens, int flags) {                         \
@@ -325,7 +331,7 @@ __device__ __forceinline__ void dequantize(const unsigned* __restrict__ weight,
         weight, scale, scale, x, bias, y, rows, columns, group_shift, tokens, flags);              \
   }
 #define GEMV_F16(TOKENS, ROWS, STEPS, BLOCKS)                                                      \
-  extern "C" __global__ void __launch_bounds__(gemv::kThreads, BLOCKS) gemv_f16_m##TOKENS(         \
+  extern "C" __global__ void __launch_bounds__(gemv::kThreads, GEMV_FIT(BLOCKS)) gemv_f16_m##TOKENS(         \
       const uint4* weight, const void* x, const void* bias, void* y, int rows, int columns,        \
       int tokens, int flags) {                                                                     \
     gemv::product<gemv::Half, float, gemv::kNone, TOKENS, ROWS, STEPS, false>(                     \

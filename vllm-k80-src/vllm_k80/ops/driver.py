@@ -102,6 +102,7 @@ def kernel(name: str, signature: str, device: int) -> Kernel:
     return Kernel(name, signature, device)
 
 
+@functools.cache
 def available() -> bool:
     """Whether the compiled kernels are part of this installation."""
     return FAT_BINARY.exists()

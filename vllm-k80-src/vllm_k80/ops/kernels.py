@@ -240,10 +240,11 @@ def linear_w4(
     zero: Tensor | None = None,
 ) -> Tensor:
     """See `reference.linear_w4`: `gemv_w4` in decode, `dequant_w4` and cuBLAS in prefill."""
-    group = reference.check_w4("linear_w4", qweight, scale, minimum, zero)
-    if x.shape[-1] != 2 * qweight.shape[1] or not driver.available():
+    columns = 2 * qweight.shape[1]
+    if x.shape[-1] != columns or scale.dim() != 2 or not driver.available():
         return reference.linear_w4(x, qweight, scale, minimum, bias, zero)
-    if _rows(x) <= reference.GEMV_ROWS and group in reference.GROUPS and x.dtype in _SUFFIX:
+    supported = columns // max(1, scale.shape[1]) in reference.GROUPS and x.dtype in _SUFFIX
+    if _rows(x) <= reference.GEMV_ROWS and supported:
         return gemv_w4(x, qweight, scale, minimum, bias, zero)
 
     def dequantized(part: slice) -> Tensor:

@@ -139,12 +139,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _groups(name: str, elements: int, scale: Tensor, rows: int) -> int:
     """Elements a group of a quantized weight of ``rows`` rows, checked."""
-    _require(
-        scale.dim() == 2 and scale.shape[0] == rows and elements % scale.shape[1] == 0,
-        f"{name}: scale has shape {tuple(scale.shape)}, which does not divide a weight of "
-        f"{rows} x {elements}",
-    )
-    return elements // int(scale.shape[1])
+    shape = scale.shape
+    if len(shape) != 2 or shape[0] != rows or not shape[1] or elements % shape[1]:
+        raise ValueError(
+            f"{name}: scale has shape {tuple(shape)}, which does not divide a weight of "
+            f"{rows} x {elements}"
+        )
+    return elements // int(shape[1])
 
 
 def _dequantize_w4_halves(
@@ -170,24 +171,22 @@ def check_w4(
 ) -> int:
     """The group size of an INT4 weight, checked."""
     offset = minimum if zero is None else zero
-    _require(
-        offset is not None and (minimum is None or zero is None),
-        f"{name}: give either minimum or zero",
-    )
-    assert offset is not None
-    _require(
-        qweight.dim() == 2 and qweight.dtype == torch.uint8,
-        f"{name}: qweight must be uint8 of two dimensions, it is {qweight.dtype} of "
-        f"{qweight.dim()}",
-    )
+    if offset is None or not (minimum is None or zero is None):
+        raise ValueError(f"{name}: give either minimum or zero")
+    if qweight.dim() != 2 or qweight.dtype != torch.uint8:
+        raise ValueError(
+            f"{name}: qweight must be torch.uint8 of 2 dimensions, it is {qweight.dtype} of "
+            f"{qweight.dim()}"
+        )
     rows, packed = qweight.shape
     group = _groups(name, 2 * packed, scale, rows)
-    _require(group % 2 == 0, f"{name}: the group size must be even, it is {group}")
-    _require(
-        offset.shape == scale.shape,
-        f"{name}: {'minimum' if zero is None else 'zero'} is {tuple(offset.shape)}, "
-        f"scale is {tuple(scale.shape)}",
-    )
+    if group % 2:
+        raise ValueError(f"{name}: the group size must be even, it is {group}")
+    if offset.shape != scale.shape:
+        raise ValueError(
+            f"{name}: {'minimum' if zero is None else 'zero'} is {tuple(offset.shape)}, "
+            f"scale is {tuple(scale.shape)}"
+        )
     return group
 
 
@@ -270,59 +269,58 @@ def linear_w8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = N
     return linear_in_tiles(x, rows, bias, multiply)
 
 
+# In the checks below a message is made only when it is needed: they run at every layer of every
+# step, and making them took three quarters of an operator's time.
+
+
 def check_gemv(
     name: str,
     x: Tensor,
     rows: int,
     columns: int,
     group: int | None,
-    parts: dict[str, Tensor | None],
+    weight: Tensor,
+    scales: tuple[Tensor, ...],
+    bias: Tensor | None,
 ) -> int:
     """Check what the gemv operators take; returns the rows of ``x``.
 
     Args:
         name: of the operator. x: its first argument.
-        rows, columns: of the weight; a group has ``group`` columns, None is a weight without.
-        parts: the other tensors by name; ``scale``, ``minimum``, ``zero`` and ``bias`` are
-            floating, FP32 or FP16.
+        rows, columns: of the weight. group: columns of a group, None for any.
+        weight: its narrow tensor. scales: scale, and minimum or zero, of a shape already checked.
 
     Raises:
         ValueError: naming the argument, its value and what is supported.
     """
-    _require(x.dtype in _DTYPES, f"{name}: x is {x.dtype}; torch.float32 and float16 are supported")
-    _require(
-        x.dim() >= 1 and x.shape[-1] == columns,
-        f"{name}: x has shape {tuple(x.shape)}, the weight has {columns} columns",
-    )
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"{name}: x is {x.dtype}; torch.float32 and torch.float16 are supported")
+    if x.shape[-1] != columns:
+        raise ValueError(f"{name}: x has {x.shape[-1]} columns, the weight has {columns}")
     tokens = x.numel() // columns if columns else 0
-    _require(tokens <= GEMV_ROWS, f"{name}: x has {tokens} rows; up to {GEMV_ROWS} are supported")
-    _require(
-        group is None or group in GROUPS,
-        f"{name}: the group size is {group}; {', '.join(map(str, GROUPS))} are supported",
-    )
-    scale = parts.get("scale")
-    for argument, part in parts.items():
-        if part is None:
-            continue
-        _require(
-            part.device == x.device, f"{name}: {argument} is on {part.device}, x is on {x.device}"
-        )
-        _require(part.is_contiguous(), f"{name}: {argument} must be contiguous")
-        if argument in ("qweight", "weight"):
-            continue
-        _require(
-            part.dtype in _DTYPES,
-            f"{name}: {argument} is {part.dtype}; torch.float32 and float16 are supported",
-        )
-        _require(
-            argument != "bias" or part.shape == (rows,),
-            f"{name}: bias has shape {tuple(part.shape)}, the weight has {rows} rows",
-        )
-        _require(
-            argument == "bias" or scale is None or part.dtype == scale.dtype,
-            f"{name}: {argument} is {part.dtype}, unlike scale",
-        )
-    return tokens
+    if tokens > GEMV_ROWS:
+        raise ValueError(f"{name}: x has {tokens} rows; up to {GEMV_ROWS} are supported")
+    if group is not None and group not in GROUPS:
+        supported = ", ".join(map(str, GROUPS))
+        raise ValueError(f"{name}: the group size is {group}; {supported} are supported")
+    for part in (weight, *scales) if bias is None else (weight, *scales, bias):
+        if part.device != x.device:
+            raise ValueError(f"{name}: the weight or bias is on {part.device}, x on {x.device}")
+        if not part.is_contiguous():
+            raise ValueError(
+                f"{name}: the weight's tensors and bias must be contiguous; one of shape "
+                f"{tuple(part.shape)} has strides {part.stride()}"
+            )
+        if part is not weight and part.dtype not in _DTYPES:
+            raise ValueError(
+                f"{name}: scale, minimum, zero or bias is {part.dtype}; torch.float32 and "
+                f"torch.float16 are supported"
+            )
+    if len(scales) == 2 and scales[0].dtype != scales[1].dtype:
+        raise ValueError(f"{name}: scale is {scales[0].dtype}, its companion {scales[1].dtype}")
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"{name}: bias has shape {tuple(bias.shape)}, the weight {rows} rows")
+    return int(tokens)
 
 
 def check_gemv_w4(
@@ -335,8 +333,10 @@ def check_gemv_w4(
 ) -> tuple[int, int]:
     """`check_gemv` for `gemv_w4`; returns the rows of ``x`` and the group size."""
     group = check_w4("gemv_w4", qweight, scale, minimum, zero)
-    parts = {"qweight": qweight, "scale": scale, "minimum": minimum, "zero": zero, "bias": bias}
-    return check_gemv("gemv_w4", x, qweight.shape[0], 2 * qweight.shape[1], group, parts), group
+    offset = minimum if zero is None else zero
+    assert offset is not None
+    rows, packed = qweight.shape
+    return check_gemv("gemv_w4", x, rows, 2 * packed, group, qweight, (scale, offset), bias), group
 
 
 def gemv_w4(
@@ -361,20 +361,17 @@ def check_gemv_w8(
     x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None
 ) -> tuple[int, int]:
     """`check_gemv` for `gemv_w8`; returns the rows of ``x`` and the group size."""
-    _require(
-        qweight.dim() == 2 and qweight.dtype == torch.int8,
-        f"gemv_w8: qweight must be int8 of two dimensions, it is {qweight.dtype} of "
-        f"{qweight.dim()}",
-    )
+    if qweight.dim() != 2 or qweight.dtype != torch.int8:
+        raise ValueError(
+            f"gemv_w8: qweight must be torch.int8 of 2 dimensions, it is {qweight.dtype} of "
+            f"{qweight.dim()}"
+        )
     rows, columns = qweight.shape
     group = _groups("gemv_w8", columns, scale, rows)
-    _require(
-        columns % 16 == 0,
-        f"gemv_w8: the weight has {columns} columns; multiples of 16 are supported",
-    )
-    parts = {"qweight": qweight, "scale": scale, "bias": bias}
-    whole = group == columns  # one scale a row
-    return check_gemv("gemv_w8", x, rows, columns, None if whole else group, parts), group
+    if columns % 16:
+        raise ValueError(f"gemv_w8: the weight has {columns} columns, no multiple of 16")
+    limited = None if group == columns else group  # or one scale a row
+    return check_gemv("gemv_w8", x, rows, columns, limited, qweight, (scale,), bias), group
 
 
 def gemv_w8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -390,17 +387,15 @@ def gemv_w8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = Non
 
 def check_gemv_f16(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
     """`check_gemv` for `gemv_f16`; returns the rows of ``x``."""
-    _require(
-        weight.dim() == 2 and weight.dtype == torch.float16,
-        f"gemv_f16: weight must be float16 of two dimensions, it is {weight.dtype} of "
-        f"{weight.dim()}",
-    )
+    if weight.dim() != 2 or weight.dtype != torch.float16:
+        raise ValueError(
+            f"gemv_f16: weight must be torch.float16 of 2 dimensions, it is {weight.dtype} of "
+            f"{weight.dim()}"
+        )
     rows, columns = weight.shape
-    _require(
-        columns % 8 == 0,
-        f"gemv_f16: the weight has {columns} columns; multiples of 8 are supported",
-    )
-    return check_gemv("gemv_f16", x, rows, columns, None, {"weight": weight, "bias": bias})
+    if columns % 8:
+        raise ValueError(f"gemv_f16: the weight has {columns} columns, no multiple of 8")
+    return check_gemv("gemv_f16", x, rows, columns, None, weight, (), bias)
 
 
 def gemv_f16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,0 +1,186 @@
+"""The gemv and dequant operators' references, and what the fat binary carries."""
+
+import re
+import shutil
+import subprocess
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_k80.ops import driver
+from vllm_k80.quantization.packed import PackedWeight, concatenate
+
+vllm_k80 = torch.ops.vllm_k80
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def integers(low: int, high: int, *shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pack(q: torch.Tensor) -> torch.Tensor:
+    """Integers 0 to 15 [N, K] in the INT4 layout, by its definition: one nibble at a time."""
+    packed = torch.zeros(q.shape[0], q.shape[1] // 2, dtype=torch.uint8)
+    for column in range(q.shape[1]):
+        packed[:, column // 2] |= (q[:, column] << 4 * (column % 2)).to(torch.uint8)
+    return packed
+
+
+def w4(rows: int, columns: int, group: int, dtype: torch.dtype, zero: bool) -> Any:
+    """(qweight, scale, minimum, zero) and the weight in FP64, by its definition."""
+    q = integers(0, 16, rows, columns, seed=columns)
+    scale = draw(rows, columns // group, seed=1).abs().to(dtype)
+    if zero:
+        offset = integers(0, 17, rows, columns // group, seed=2).to(dtype)
+    else:
+        offset = draw(rows, columns // group, seed=2).to(dtype)
+    wide_scale, wide_offset = (
+        part.double().repeat_interleave(group, dim=1) for part in (scale, offset)
+    )
+    weight = (q - wide_offset) * wide_scale if zero else q * wide_scale + wide_offset
+    parts = (pack(q), scale, None, offset) if zero else (pack(q), scale, offset, None)
+    return parts, weight
+
+
+def close(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> None:
+    exact = x.double() @ weight.t() + (0 if bias is None else bias.double())
+    assert y.dtype == x.dtype
+    assert y.shape == exact.shape
+    limit = (1e-3 if x.dtype == torch.float16 else 2e-6) * float(exact.abs().max() + 1e-30)
+    torch.testing.assert_close(y.double(), exact, atol=limit, rtol=0)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_w4_is_dequantize_and_multiply(group: int, dtype: torch.dtype, zero: bool) -> None:
+    (qweight, scale, minimum, zeros), weight = w4(37, 256, group, dtype, zero)
+    dense = vllm_k80.dequant_w4(qweight, scale, minimum, zeros)
+    torch.testing.assert_close(dense.double(), weight, atol=1e-5, rtol=1e-6)
+    for tokens, x_dtype in ((1, torch.float32), (8, torch.float16), (32, torch.float32)):
+        x, bias = draw(tokens, 256, seed=tokens).to(x_dtype), draw(37, seed=5)
+        close(vllm_k80.gemv_w4(x, qweight, scale, minimum, bias, zeros), x, weight, bias)
+        close(vllm_k80.linear_w4(x, qweight, scale, minimum, None, zeros), x, weight)
+    rows = vllm_k80.embedding_w4(
+        torch.tensor([36, 0]), qweight, scale, minimum, torch.float32, zeros
+    )
+    torch.testing.assert_close(rows, dense[[36, 0]], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 384])
+def test_w8_is_dequantize_and_multiply(group: int) -> None:
+    q = integers(-128, 128, 21, 384).to(torch.int8)
+    scale = draw(21, 384 // group).abs().half()
+    weight = q.double() * scale.double().repeat_interleave(group, dim=1)
+    torch.testing.assert_close(vllm_k80.dequant_w8(q, scale).double(), weight, atol=0, rtol=1e-6)
+    x, bias = draw(2, 3, 384), draw(21).half()
+    close(vllm_k80.gemv_w8(x, q, scale, bias), x, weight, bias)
+
+
+def test_f16() -> None:
+    weight, x = draw(19, 40).half(), draw(5, 40).half()
+    close(vllm_k80.gemv_f16(x, weight), x, weight.double())
+    assert vllm_k80.gemv_f16(x[:0], weight).shape == (0, 19)
+
+
+def test_a_word_holds_eight_neighbours_in_order() -> None:
+    """What the kernel relies on when it masks nibble i of a little-endian word."""
+    q = integers(0, 16, 3, 64)
+    words = pack(q).view(torch.int32).long() & 0xFFFFFFFF
+    for i in range(8):
+        assert torch.equal(words >> (4 * i) & 15, q[:, i::8])
+
+
+def test_masked_bits_are_factors() -> None:
+    """The kernel's arithmetic: nibble * 2^(p - 149) as a float times x * 2^(90 - p)."""
+    x = 1.5
+    for position in (0, 4, 8, 12, 16, 20):
+        for nibble in range(16):
+            bits = torch.tensor([nibble << position], dtype=torch.int32).view(torch.float32)
+            product = bits.double() * (x * 2.0 ** (90 - position)) * 2.0**59
+            assert product.item() == nibble * x
+
+
+def test_zero_points_are_joined_like_minimums_and_not_with_them() -> None:
+    with_zero, with_minimum = (
+        PackedWeight(*w4(8, 64, 32, torch.float16, zero)[0]) for zero in (True, False)
+    )
+    joined = concatenate([with_zero, with_zero, with_minimum])
+    assert [weight.qweight.shape[0] for weight in joined] == [16, 8]
+    x = torch.eye(64)[:32]
+    expected = torch.cat([w.linear(x) for w in (with_zero, with_zero, with_minimum)], dim=-1)
+    torch.testing.assert_close(torch.cat([w.linear(x) for w in joined], dim=-1), expected)
+
+
+W4 = {
+    "x": torch.ones(1, 64),
+    "qweight": torch.zeros(4, 32, dtype=torch.uint8),
+    "scale": torch.ones(4, 2),
+    "minimum": torch.ones(4, 2),
+    "bias": None,
+    "zero": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": torch.ones(33, 64)}, r"x has 33 rows; up to 32 are supported"),
+        ({"x": torch.ones(1, 96)}, r"x has 96 columns, the weight has 64"),
+        ({"x": torch.ones(1, 64).double()}, r"x is torch.float64; torch.float32 and"),
+        ({"qweight": torch.zeros(4, 32)}, r"qweight must be torch.uint8 .* is torch.float32"),
+        ({"qweight": torch.zeros(32, 4, dtype=torch.uint8).t()}, r"contiguous; .* strides \(1, 4"),
+        ({"scale": torch.ones(4, 4)}, r"minimum is \(4, 2\), scale is \(4, 4\)"),
+        ({"scale": torch.ones(3, 2)}, r"scale has shape \(3, 2\), which does not divide"),
+        (
+            {"scale": torch.ones(4, 2).half()},
+            r"scale is torch.float16, its companion torch.float32",
+        ),
+        (
+            {"scale": torch.ones(4, 4), "minimum": torch.ones(4, 4)},
+            r"group size is 16; 32, 64, 128 are supported",
+        ),
+        ({"bias": torch.ones(3)}, r"bias has shape \(3,\), the weight 4 rows"),
+        ({"minimum": None}, r"either minimum or zero"),
+        ({"zero": torch.ones(4, 2)}, r"either minimum or zero"),
+    ],
+)
+def test_what_gemv_cannot_take_is_named(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"gemv_w4: .*{message}"):
+        vllm_k80.gemv_w4(*{**W4, **changed}.values())
+
+
+def test_columns_that_do_not_fill_128_bits_are_named() -> None:
+    with pytest.raises(ValueError, match="gemv_f16: the weight has 12 columns, no multiple of 8"):
+        vllm_k80.gemv_f16(torch.ones(1, 12), torch.ones(2, 12).half())
+    q, scale = torch.ones(2, 24, dtype=torch.int8), torch.ones(2, 1)
+    with pytest.raises(ValueError, match="gemv_w8: the weight has 24 columns, no multiple of 16"):
+        vllm_k80.gemv_w8(torch.ones(1, 24), q, scale)
+
+
+@pytest.fixture(scope="module")
+def resources() -> dict[str, str]:
+    """What cuobjdump says of each kernel in the fat binary."""
+    if not driver.available() or shutil.which("cuobjdump") is None:
+        pytest.skip("no fat binary or no cuobjdump here: csrc/build.sh vllm_k80/kernels")
+    command = ["cuobjdump", "-res-usage", str(driver.FAT_BINARY)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return dict(re.findall(r"Function (\w+):\s+(REG:.*)", done.stdout + done.stderr))
+
+
+def test_the_fat_binary_holds_every_kernel_and_none_spills(resources: dict[str, str]) -> None:
+    names = {
+        f"gemv_{kind}_m{tokens}"
+        for kind in ("w4_f16", "w4_f32", "w4_z16", "w4_z32", "w8_f16", "w8_f32", "f16")
+        for tokens in (1, 2, 4, 8)
+    } | {f"dequant_{kind}" for kind in ("w4_f16", "w4_f32", "w4_z16", "w4_z32", "w8_f16", "w8_f32")}
+    assert names <= resources.keys()
+    assert {name: use for name, use in resources.items() if "STACK:0" not in use} == {}
+    command = ["cuobjdump", "-lptx", "-lelf", str(driver.FAT_BINARY)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "sm_37.cubin" in listing
+    assert "sm_37.ptx" in listing
