@@ -22,7 +22,7 @@ VALUES = {"normal": 1.0, "large": 1e9, "small": 1e-9, "outlier": 1.0}
 # offset apart, since the kernels multiply them with x apart. Where a large x meets a weight of
 # zero they cancel, and a product of the dequantized weight has no such term.
 FACTOR = 2.0
-FLOOR = 2.0**-22
+FLOOR = 2.0**-20  # 16 roundings of it; a lane adds up to 432 products one after another
 HALF = 2.0**-10  # rounding of an FP16 result, relative to the largest
 NAIVE = Path(__file__).parent / "naive_gemv.fatbin"
 L2_BYTES = 256 << 20  # more than any cache: weights are read from memory
@@ -99,8 +99,8 @@ def inputs(case: dict[str, Any], seed: int) -> tuple[torch.Tensor, torch.Tensor 
     return x.to(case["x"]), bias
 
 
-def compare() -> tuple[int, list[dict[str, Any]]]:
-    """Every operator; returns the number of comparisons and those that are off."""
+def compare() -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """Every operator; returns how many comparisons there were, and those that are off."""
     off: list[dict[str, Any]] = []
     count = beyond = 0
 
@@ -123,7 +123,7 @@ def compare() -> tuple[int, list[dict[str, Any]]]:
         shape = (*x.shape[:-1], weight.shape[0])
         allowed = FACTOR * theirs
         if exact.numel():
-            beyond += ours > allowed
+            beyond += ours > max(allowed, HALF if x.dtype is torch.float16 else 0.0)
             total = x.double().abs() @ (weight.abs() if terms is None else terms).t()
             largest = exact.abs().max().clamp(min=1e-30)
             allowed = max(allowed, (FLOOR * total.max() / largest).item())
@@ -169,10 +169,7 @@ def compare() -> tuple[int, list[dict[str, Any]]]:
         check("linear_w8", about, vllm_k80.linear_w8(x, *parts8, bias), x, weight, bias)
         half = weight.half()
         check("linear", about, vllm_k80.linear(x, half, bias), x, half.double(), bias)
-    print(
-        f"{beyond} of {count} have more than {FACTOR} times cuBLAS's error, all within the terms'"
-    )
-    return count, off
+    return {"comparisons": count, "beyond_twice_cublas": beyond}, off
 
 
 def _copies(bytes_each: int) -> int:

@@ -35,8 +35,8 @@ VALUES = {"normal": 1.0, "large": 1e4, "small": 1e-6}
 FACTOR = 2.0
 
 
-def compare() -> tuple[int, list[dict[str, Any]]]:
-    """Both norms over all shapes; returns the number of comparisons and those that are off."""
+def compare() -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """Both norms over all shapes; returns how many comparisons there were, and those off."""
     off: list[dict[str, Any]] = []
     count = 0
     for index, (tokens, hidden, dtype, (kind, factor)) in enumerate(
@@ -85,7 +85,7 @@ def compare() -> tuple[int, list[dict[str, Any]]]:
                         "error_of_reference": theirs,
                     }
                 )
-    return count, off
+    return {"comparisons": count}, off
 
 
 def time_all() -> list[dict[str, Any]]:
@@ -129,7 +129,7 @@ def main() -> int:
         )
         return 2
     compare_suite, time_suite = SUITES[sys.argv[1]]
-    count, off = compare_suite()
+    counts, off = compare_suite()
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     result = {
         "date": datetime.now(UTC).date().isoformat(),
@@ -139,7 +139,7 @@ def main() -> int:
         ],
         "torch": torch.__version__,
         "note": "compute_37 PTX, translated by this driver; not measured on a K80",
-        "comparisons": count,
+        **counts,
         "off": off,
         "launches": dict(ops.CALLS),
         "times": time_suite(),

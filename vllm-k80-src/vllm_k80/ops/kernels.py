@@ -14,8 +14,9 @@ from vllm_k80.ops import driver, reference
 _SUFFIX = {torch.float32: "f32", torch.float16: "f16"}
 _THREADS = 256  # kThreads in csrc/rms_norm.cu and csrc/gemv.cu
 
-# csrc/gemv.cu: kernels by the rows of x that they take, and rows of the weight a block takes.
-_GEMV_BLOCK_ROWS = {1: 32, 2: 32, 4: 32, 8: 64}
+# csrc/gemv.cu: rows of x that a kernel takes, and rows of the weight that its block takes.
+_GEMV_TOKENS = (1, 2, 4, 8)
+_BLOCK_ROWS, _BLOCK_ROWS_M8 = 32, 64  # gemv_f16_m8 takes 32 too
 _HALF_X, _HALF_BIAS = 1, 2
 # Elements of a weight that prefill dequantizes at a time: a work buffer of 32 MB of FP32, far
 # more than the L2 cache, and enough rows for cuBLAS to fill the die.
@@ -90,8 +91,9 @@ def _gemv(
     y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
     if not tokens or not rows:
         return y
-    at_once = next((m for m in _GEMV_BLOCK_ROWS if m >= tokens), 8)
-    blocks = -(-rows // _GEMV_BLOCK_ROWS[at_once])
+    at_once = next((m for m in _GEMV_TOKENS if m >= tokens), 8)
+    wide = at_once == 8 and kernel != "gemv_f16"
+    blocks = -(-rows // (_BLOCK_ROWS_M8 if wide else _BLOCK_ROWS))
     half_bias = bias is not None and bias.dtype == torch.float16
     flags = (x.dtype == torch.float16) * _HALF_X | half_bias * _HALF_BIAS
     shift = () if group_shift is None else (group_shift,)
