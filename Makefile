@@ -64,6 +64,11 @@ test-package-fast: venv ## Those of them that start no engine
 test-molecule: venv ## The molecule scenarios, on an emulated server
 	@pytest tests -m molecule --capture=no
 
+.PHONY: kernels-report
+kernels-report: ## Predicted times of the kernels on a K80 die (needs CUDA 11.8's nvcc; minutes)
+	@tools/package-env
+	@build/py311/bin/python vllm-k80-src/tools/kernels_report.py build/kernels-report.json
+
 ## ---- keep it
 
 .PHONY: venv

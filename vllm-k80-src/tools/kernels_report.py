@@ -198,7 +198,7 @@ def main() -> int:
             "{instructions_per_weight:>7}".format(**line),
             flush=True,
         )
-        key = f"{case.kernel} n={case.n} k={case.k} group={case.group}"
+        key = f"{case.kernel} n={case.n} k={case.k} m={case.m} group={case.group}"
         limit = baseline.get(key, line["predicted_us"]) * ALLOWED_GROWTH
         if line["predicted_us"] > limit:
             wrong.append(f"{key}: {line['predicted_us']} us, was {baseline[key]}")
