@@ -12,7 +12,8 @@ The model, one SMX of the die with its share of the memory:
 - Four schedulers; a warp belongs to one. Each issues the oldest ready warp's next instruction in
   a clock, and the one after it too where the compiler's control code allows both at once. Control
   codes also set the least distance to the next instruction. Registers become ready after the
-  latency of what writes them.
+  latency of what writes them. Schedulers are served in one order: of a unit that is saturated the
+  last gets least, which exaggerates the end of kernels bound by FP32 alone.
 - Units take so many warps a clock (CUDA C++ programming guide, throughput of arithmetic
   instructions, 3.7): FP32 6, integer add and logic 5, shift 2, conversion and special functions 1.
 - Shared memory serves `shared_bytes` a clock and replays for bank conflicts. The read-only path
