@@ -1,6 +1,6 @@
 """What speaks against provisioning is told by site.yml's first play, at once, before any change.
 
-The hosts are this machine, each with a PCI tree and facts of its own.
+The hosts are this machine, each with a root, variables and facts of its own.
 """
 
 from __future__ import annotations
@@ -10,23 +10,20 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from made_up_host import KERNEL, add_server
 
 ROOT = Path(__file__).resolve().parent.parent
-GPU = {"vendor": "0x10de", "device": "0x102d", "class": "0x030200", "local_cpulist": "0-9"}
-SWITCH = {"vendor": "0x10b5", "device": "0x8747", "class": "0x060400"}
-ROOT_PORT = {"vendor": "0x8086", "device": "0x2f04", "class": "0x060400"}
 FACTS = {
     "ansible_distribution": "Debian",
     "ansible_distribution_major_version": "12",
     "ansible_architecture": "x86_64",
-    "ansible_kernel": "6.1.0-18-amd64",
+    "ansible_os_family": "Debian",
+    "ansible_kernel": KERNEL,
     "ansible_service_mgr": "systemd",
     "ansible_memtotal_mb": 65536,
     "ansible_default_ipv4": {"address": "192.0.2.7"},
@@ -40,92 +37,9 @@ SETTINGS = {
 }
 
 
-def add_device(sysfs: Path, path: str, attributes: dict[str, str]) -> None:
-    """A device as Linux lays it out: in the directory of its bridge, with a link to it."""
-    device = sysfs / "devices/pci0000:00" / path
-    device.mkdir(parents=True)
-    for name, value in attributes.items():
-        (device / name).write_text(f"{value}\n")
-    links = sysfs / "bus/pci/devices"
-    links.mkdir(parents=True, exist_ok=True)
-    (links / device.name).symlink_to(os.path.relpath(device, links))
-
-
-def add_board(sysfs: Path, port: str, bus: int, numa_node: int) -> None:
-    """A K80: the switch's upstream port on `bus`, and its two dies two buses further."""
-    upstream = f"{port}/0000:{bus:02x}:00.0"
-    add_device(sysfs, port, ROOT_PORT)
-    add_device(sysfs, upstream, SWITCH)
-    for index, slot in enumerate(("08", "10")):
-        downstream = f"{upstream}/0000:{bus + 1:02x}:{slot}.0"
-        add_device(sysfs, downstream, SWITCH)
-        die = f"{downstream}/0000:{bus + 2 + index:02x}:00.0"
-        add_device(sysfs, die, GPU | {"numa_node": str(numa_node)})
-
-
 @pytest.fixture(scope="module")
-def sysfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("sysfs")
-    add_board(root, "0000:00:02.0", 3, numa_node=0)
-    return root
-
-
-# --- The dies, from the PCI tree --------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def k80_dies(load_module: Callable[[str], ModuleType]) -> ModuleType:
-    return load_module("roles/preflight/library/k80_dies.py")
-
-
-def test_dies_of_two_boards_among_other_cards(tmp_path: Path, k80_dies: ModuleType) -> None:
-    add_board(tmp_path, "0000:80:02.0", 0x82, numa_node=1)
-    add_board(tmp_path, "0000:00:02.0", 3, numa_node=0)
-    v100 = GPU | {"device": "0x1db4", "numa_node": "0"}
-    add_device(tmp_path, "0000:00:03.0/0000:09:00.0", v100)
-    audio = GPU | {"class": "0x040300"}  # another function with a die's numbers
-    add_device(tmp_path, "0000:00:03.1/0000:0a:00.1", audio)
-
-    dies = k80_dies.find_dies(tmp_path)
-    assert [(die["pci_address"], die["board"], die["numa_node"]) for die in dies] == [
-        ("0000:05:00.0", "0000:03:00.0", 0),
-        ("0000:06:00.0", "0000:03:00.0", 0),
-        ("0000:84:00.0", "0000:82:00.0", 1),
-        ("0000:85:00.0", "0000:82:00.0", 1),
-    ]
-    assert {die["local_cpulist"] for die in dies} == {"0-9"}
-
-
-def test_a_board_behind_a_switch_of_the_mainboard_is_a_board(
-    tmp_path: Path, k80_dies: ModuleType
-) -> None:
-    add_device(tmp_path, "0000:01:00.0", SWITCH)
-    for bus, port in ((4, "08"), (9, "10")):
-        add_board(tmp_path, f"0000:01:00.0/0000:02:{port}.0", bus, numa_node=0)
-    boards = [die["board"] for die in k80_dies.find_dies(tmp_path)]
-    assert boards == ["0000:04:00.0"] * 2 + ["0000:09:00.0"] * 2
-
-
-def test_what_the_kernel_does_not_say(tmp_path: Path, k80_dies: ModuleType) -> None:
-    """No NUMA node, no list of CPUs; and devices that are plain directories, so no bridges."""
-    for address, node in (("0000:05:00.0", "-1"), ("0000:06:00.0", None)):
-        device = tmp_path / "bus/pci/devices" / address
-        device.mkdir(parents=True)
-        attributes = GPU | ({"numa_node": node} if node else {})
-        del attributes["local_cpulist"]
-        for name, value in attributes.items():
-            (device / name).write_text(value)
-    assert k80_dies.find_dies(tmp_path) == [
-        {"pci_address": address, "board": address, "numa_node": -1, "local_cpulist": ""}
-        for address in ("0000:05:00.0", "0000:06:00.0")
-    ]
-
-
-def test_a_host_without_pci_has_no_dies(tmp_path: Path, k80_dies: ModuleType) -> None:
-    assert k80_dies.find_dies(tmp_path) == []
-
-
-# --- The inventory ----------------------------------------------------------
+def server(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return add_server(tmp_path_factory.mktemp("server"))
 
 
 class Run:
@@ -151,12 +65,13 @@ class Run:
         groups = {"k80_servers": {"hosts": servers}, "k80_gateways": {"hosts": gateways}}
         local = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
         self._write(directory / "inventory/hosts.yml", {"k80": {"children": groups, "vars": local}})
+        serving = {group: f"{directory}/{group}" for group in groups}
         done = subprocess.run(
             [
                 Path(sys.executable).with_name("ansible-playbook"),
                 *("-i", directory / "inventory"),
                 # Whether this machine serves is not the matter.
-                *("-e", f"__preflight_serving_path={directory}/instances"),
+                *("-e", json.dumps({"__preflight_serving_paths": serving})),
                 directory / "play.yml",
             ],
             env=os.environ
@@ -183,6 +98,8 @@ class Run:
         self.dies = {h: r["preflight_dies"] for _, h, r in results if "preflight_dies" in r}
         told = [r["msg"] for name, _, r in results if ": Report" in name and r.get("failed")]
         self.findings = told[0].split("\n- ") if told else []
+        told = [r["msg"] for name, _, r in results if ": Tell" in name and "msg" in r]
+        self.warnings = told[0] if told else []
 
     @staticmethod
     def _write(path: Path, content: Any) -> None:
@@ -194,14 +111,14 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def bad(tmp_path_factory: pytest.TempPathFactory, sysfs: Path) -> Run:
+def bad(tmp_path_factory: pytest.TempPathFactory, server: Path) -> Run:
     """One run over hosts that each have faults of their own."""
     directory = tmp_path_factory.mktemp("bad")
     model = directory / "model"
     model.mkdir()
     (model / "pytorch_model.bin").touch()
     (model / "config.json").touch()
-    good = SETTINGS | {"preflight_sysfs_root": str(sysfs)}
+    good = SETTINGS | {"preflight_root": str(server)}
     die0, die1 = "0000:05:00.0", "0000:06:00.0"
     hosts: dict[str, dict[str, Any]] = {
         "healthy": good,
@@ -247,7 +164,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory, sysfs: Path) -> Run:
             },
             "gateway_api_keys": [{"name": "a b", "key": KEY}],
         },
-        "no-card": good | {"preflight_sysfs_root": str(directory)},
+        "no-card": good | {"preflight_root": str(directory)},
         "other-system": good,
         "small": good
         | {"preflight_disk_free_gb": {f"{directory}/images": 10**6, f"{directory}/models": 10**6}},
@@ -281,7 +198,8 @@ def bad(tmp_path_factory: pytest.TempPathFactory, sysfs: Path) -> Run:
                 "unused": {"source": "directory", "path": "/srv/neither"},
             },
         },
-        "gateway": {"no_server": True, "gateway_api_keys": [{"name": "anna", "key": "short"}] * 2},
+        "gateway": good
+        | {"no_server": True, "gateway_api_keys": [{"name": "anna", "key": "short"}] * 2},
     }
     return Run(
         directory,
@@ -364,6 +282,8 @@ SENTENCES = {
         " of k80_servers.",
         "its kernel 4.19.0-5-arm64 is older than 5.10 (preflight_kernel_min); boot the"
         " distribution's own kernel.",
+        "its running kernel 4.19.0-5-arm64 is not installed any more, so no driver can be built for"
+        " it; reboot into one that is (6.1.0-18-amd64).",
         "its init is sysvinit, but systemd has to run the services; boot it with systemd.",
         "it has 4000 MB of memory, but 2 instances need 7168 MB (preflight_memory_base_mb,"
         " preflight_memory_per_instance_mb); add memory or list fewer instances in"
@@ -432,15 +352,15 @@ def test_faults_with_details_of_this_machine(bad: Run, host: str, pattern: str) 
     assert [line for line in bad.about(host) if re.match(pattern, line)], bad.about(host)
 
 
-def test_a_healthy_inventory_passes_and_tells_the_dies(tmp_path: Path, sysfs: Path) -> None:
-    settings = SETTINGS | {"preflight_sysfs_root": str(sysfs)}
+def test_a_healthy_inventory_passes_and_tells_the_dies(tmp_path: Path, server: Path) -> None:
+    settings = SETTINGS | {"preflight_root": str(server)}
     instances = [{"name": "both", "dies": ["0000:05:00.0", "0000:06:00.0"]}]
     run = Run(
         tmp_path,
         {
             "server": settings | {"no_gateway": True, "vllm_instance_instances": instances},
             # What the gateway alone needs: it has no card.
-            "gateway": settings | {"no_server": True, "preflight_sysfs_root": "/nowhere"},
+            "gateway": settings | {"no_server": True, "preflight_root": "/nowhere"},
         },
     )
     assert run.code == 0, run.output
