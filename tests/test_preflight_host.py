@@ -87,6 +87,7 @@ class Judge:
             "vllm_instance_api_key": "k3y-Of-The-Instances-0123456789",
             "gateway_api_keys": [{"name": "anna", "key": "k3y-Of-Anna-0123456789-abcdef"}],
             "preflight_disk_free_gb": {},
+            "preflight_try_repositories": False,
         }
         return self._plugin.Host(inventory | variables, self._roles, self._template)
 
@@ -99,7 +100,7 @@ class Judge:
         given = {
             "root": str(root),
             "space": host.serving_paths(),
-            "repositories": True,
+            "repositories": host.is_true("preflight_try_repositories"),
             "apt_repositories": apt_repositories,
             "urls": urls,
             "now": time.time() - ahead,
@@ -519,7 +520,8 @@ def mirror() -> Iterator[str]:
         server.shutdown()
 
 
-RUNFILE = {"nvidia_driver_source": "runfile", "preflight_try_repositories": True}
+# The roles' own sources, if any, are not on the mirror of these tests.
+TRY = {"preflight_try_repositories": True, "__preflight_unused_roles": ["nvidia_container_toolkit"]}
 
 
 def test_repositories_that_do_not_answer(server: Path, judge: Judge, mirror: str) -> None:
@@ -530,6 +532,7 @@ def test_repositories_that_do_not_answer(server: Path, judge: Judge, mirror: str
         f"deb file:/srv/mirror ./\n",
     )
     url = f"{mirror}/driver.run"
+    with_password = url.replace("//", "//user:secret@")
     advice = (
         "; correct its network, its proxy or the source that names it (preflight_try_repositories:"
         " false for no such check)."
@@ -539,7 +542,10 @@ def test_repositories_that_do_not_answer(server: Path, judge: Judge, mirror: str
         f" {mirror.rsplit(':', 1)[1]}]){advice}",
         f"{url} cannot be had from it (404 Not Found){advice}",
     ]
-    variables = RUNFILE | {"nvidia_driver_runfile_url": url}
+    variables = TRY | {
+        "nvidia_driver_source": "runfile",
+        "nvidia_driver_runfile_url": with_password,
+    }
     assert judge(server, **variables) == (told, [])
     # A server that serves already may need nothing of them.
     paths = {"k80_servers": str(server)}
@@ -551,23 +557,63 @@ def test_apt_is_tried_through_its_proxy(
 ) -> None:
     write(server / "etc/apt/sources.list", "deb http://nowhere.invalid/debian bookworm main\n")
     monkeypatch.setenv("http_proxy", mirror)
-    findings, _ = judge(server)
+    findings, _ = judge(server, **TRY)
     assert len(findings) == 1
     assert "(404" in findings[0], "the proxy did not answer"
 
 
-def test_only_what_roles_will_use_is_tried(judge: Judge, plugin: ModuleType) -> None:
-    repository = {"uri": "http://mirror/cuda/", "suite": "./"}
-    variables = {"nvidia_driver_repository": repository}
-    host = judge.host(**variables)
-    assert plugin.role_repositories(host) == (["http://mirror/cuda"], [])
-    host = judge.host(nvidia_driver_source="none", **variables)
-    assert plugin.role_repositories(host) == ([], [])
-    suite = {"nvidia_driver_repository": repository | {"suite": "bookworm"}}
-    host = judge.host(**suite)
-    assert plugin.role_repositories(host) == (["http://mirror/cuda/dists/bookworm"], [])
-    host = judge.host(facts={"os_family": "RedHat"}, **variables)
-    assert plugin.role_repositories(host) == ([], ["http://mirror/cuda/repodata/repomd.xml"])
+def role(plugin: ModuleType, name: str, variables: list[str]) -> Any:
+    """A role with these variables."""
+    options: dict[str, Any] = {variable: {} for variable in variables}
+    if f"{name}_source" in variables:
+        choices = ["distribution", "repository", "runfile", "none"]
+        options[f"{name}_source"] = {"choices": choices}
+    specs = {"argument_specs": {"main": {"options": options}}}
+    return plugin.Role(Path(name), lambda path: specs)
+
+
+DRIVER = {"uri": "http://user:pw@m/driver/", "suite": "bookworm"}
+SOURCES = {
+    "a_source": "repository",
+    "a_repository": DRIVER,
+    "a_runfile_url": "https://m/a.run",
+    "a_repository_key": "https://m/a.asc",
+    "a_api_key": "a secret",
+    "b_repository": "http://m/b",
+    "b_suite": "/",
+    "c_source": "repository",
+    "c_repository_url": "http://m/c",
+    "c_repository_suite": "stable",
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "apt", "urls"),
+    [
+        (
+            {"c_source": "distribution"},
+            ["http://user:pw@m/driver/dists/bookworm", "http://m/b"],
+            ["https://m/a.asc"],
+        ),
+        (
+            {"a_source": "runfile", "b_state": "absent"},
+            ["http://m/c/dists/stable"],
+            ["https://m/a.run"],
+        ),
+        ({"a_source": "none", "__preflight_unused_roles": ["c"]}, ["http://m/b"], []),
+        (
+            {"a_source": "none", "c_source": "none", "facts": {"os_family": "RedHat"}},
+            [],
+            ["http://m/b/repodata/repomd.xml"],
+        ),
+    ],
+)
+def test_only_what_roles_will_use_is_tried(
+    judge: Judge, plugin: ModuleType, settings: dict[str, Any], apt: list[str], urls: list[str]
+) -> None:
+    host = judge.host(**SOURCES | settings)
+    host.roles = [role(plugin, name, [v for v in SOURCES if v[0] == name]) for name in "abc"]
+    assert plugin.role_repositories(host) == (apt, urls)
 
 
 # --- Probes -----------------------------------------------------------------

@@ -550,8 +550,9 @@ def clock_is_right(host: Host) -> Iterator[str]:
 def repositories_answer(host: Host) -> Iterator[str]:
     for repository in host.seen.get("repositories", []):
         if repository["error"]:
+            url = re.sub(r"//[^/@]*@", "//", repository["url"])  # a password is nobody's business
             sentence = (
-                f"{repository['url']} cannot be had from it ({repository['error']}); correct its"
+                f"{url} cannot be had from it ({repository['error']}); correct its"
                 " network, its proxy or the source that names it (preflight_try_repositories:"
                 " false for no such check)."
             )
@@ -745,31 +746,42 @@ def users_have_keys(host: Host) -> Iterator[str]:
 def role_repositories(host: Host) -> tuple[list[str], list[str]]:
     """The directories of Release files and the URLs that the host's roles will fetch from.
 
-    A variable NAME_url is one, and NAME_repository a dictionary with `uri` and `suite`. One
-    that is named after a choice of its role's ROLE_source is used with that choice alone.
+    A repository is a variable ROLE_repository or ROLE_repository_url, with its suite beside it
+    or in it; other URLs are in ROLE_…_url and ROLE_…_key. A variable that is named after a
+    choice of ROLE_source is used with that choice alone.
     """
     apt, urls = [], []
     for role in host.roles:
         source = host.get(f"{role.name}_source", str)
         choices = role.options.get(f"{role.name}_source", {}).get("choices", [])
-        if source == "none" or role.name in host["__preflight_unused_roles"]:
+        absent = host.get(f"{role.name}_state", str) == "absent"
+        if absent or source == "none" or role.name in host["__preflight_unused_roles"]:
             continue
         for name in role.options:
             words = name.removeprefix(f"{role.name}_").split("_")
             if words[0] in choices and words[0] != source:
                 continue
-            url = host.get(name, str)
-            if words[-1] == "url" and url.startswith(("http:", "https:")):
-                urls.append(url)
-            repository = host.get(name, dict)
-            if words[-1] == "repository" and repository.get("uri"):
-                uri, suite = str(repository["uri"]).rstrip("/"), str(repository.get("suite", "./"))
+            if re.search(r"_repository(_url)?$", name):
+                uri, suite = repository_of(host, name)
+                if not uri:
+                    continue
                 if host.facts.get("os_family") == "RedHat":
                     urls.append(f"{uri}/repodata/repomd.xml")
                 else:
                     below = suite if suite.endswith("/") else f"dists/{suite}"
-                    apt.append(f"{uri}/{below}".removesuffix("/").removesuffix("/."))
+                    apt.append(f"{uri}/{below}".rstrip("/."))
+            elif words[-1] in ("url", "key") and host.get(name, str).startswith("http"):
+                urls.append(host.get(name, str))
     return apt, urls
+
+
+def repository_of(host: Host, name: str) -> tuple[str, str]:
+    """Address and suite of a repository; its suite is a variable of its own or a key in it."""
+    whole = host.get(name, dict)
+    stem = name.removesuffix("_url")
+    suites = [f"{stem}_suite", f"{stem.removesuffix('_repository')}_suite"]
+    suite = whole.get("suite") or next(filter(None, (host.get(s, str) for s in suites)), "./")
+    return str(whole.get("uri") or host.get(name, str)).rstrip("/"), suite
 
 
 def told_of(host: Host) -> Iterator[str]:
