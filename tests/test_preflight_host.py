@@ -10,18 +10,16 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from ansible.parsing.dataloader import DataLoader
-from ansible.template import Templar
+from judge import Judge
 from made_up_host import (
     FULL_LINK,
     GPU,
-    KERNEL,
     SWITCH,
     add_board,
     add_device,
@@ -32,29 +30,19 @@ from made_up_host import (
     write,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 DIES = ["0000:05:00.0", "0000:06:00.0"]
 UPSTREAM = "0000:00:02.0/0000:03:00.0"
 PATHS = [f"{UPSTREAM}/0000:04:{slot}.0/{die}" for slot, die in zip(("08", "10"), DIES, strict=True)]
-FACTS = {
-    "distribution": "Debian",
-    "distribution_major_version": "12",
-    "os_family": "Debian",
-    "architecture": "x86_64",
-    "kernel": KERNEL,
-    "service_mgr": "systemd",
-    "memtotal_mb": 65536,
-}
 
 
-@pytest.fixture(scope="module")
-def k80_host(load_module: Callable[[str], ModuleType]) -> ModuleType:
-    return load_module("roles/preflight/library/k80_host.py")
+@pytest.fixture
+def k80_host(judge: Judge) -> ModuleType:
+    return judge.module
 
 
-@pytest.fixture(scope="module")
-def plugin(load_module: Callable[[str], ModuleType]) -> ModuleType:
-    return load_module("roles/preflight/action_plugins/preflight_findings.py")
+@pytest.fixture
+def plugin(judge: Judge) -> ModuleType:
+    return judge.plugin
 
 
 @pytest.fixture
@@ -62,67 +50,22 @@ def server(tmp_path: Path) -> Path:
     return add_server(tmp_path / "server")
 
 
-class Judge:
-    """The checks, on what the module sees below a root."""
-
-    def __init__(self, module: ModuleType, plugin: ModuleType) -> None:
-        self._module, self._plugin = module, plugin
-        self._loader = DataLoader()
-        self._roles = plugin.load_roles(ROOT / "roles", self._load)
-
-    def _load(self, path: Path) -> Any:
-        return self._loader.load_from_file(str(path), trusted_as_template=True)
-
-    def _template(self, value: Any, scope: dict[str, Any]) -> Any:
-        return Templar(self._loader, variables=scope).template(value)
-
-    def host(self, group: str = "k80_servers", **variables: Any) -> Any:
-        facts = FACTS | variables.pop("facts", {})
-        files = [*ROOT.glob("group_vars/all/*.yml"), ROOT / "roles/preflight/vars/main.yml"]
-        inventory = {name: value for path in files for name, value in self._load(path).items()} | {
-            "inventory_hostname": "server",
-            "groups": {group: ["server"]},
-            "group_names": [group],
-            "ansible_facts": facts,
-            "vllm_instance_api_key": "k3y-Of-The-Instances-0123456789",
-            "gateway_api_keys": [{"name": "anna", "key": "k3y-Of-Anna-0123456789-abcdef"}],
-            "preflight_disk_free_gb": {},
-            "preflight_try_repositories": False,
-        }
-        return self._plugin.Host(inventory | variables, self._roles, self._template)
-
-    def __call__(
-        self, root: Path, ahead: float = 0, **variables: Any
-    ) -> tuple[list[str], list[str]]:
-        """The findings and the warnings."""
-        host = self.host(**variables)
-        apt_repositories, urls = self._plugin.role_repositories(host)
-        given = {
-            "root": str(root),
-            "space": host.serving_paths(),
-            "repositories": host.is_true("preflight_try_repositories"),
-            "apt_repositories": apt_repositories,
-            "urls": urls,
-            "now": time.time() - ahead,
-            "timeout": 5,
-        }
-        host.seen = self._module.look_at_host(given, time.time())
-        told = list(self._plugin.told_of(host))
-        warnings = [str(s) for s in told if isinstance(s, self._plugin.Warn)]
-        return [str(s) for s in told if not isinstance(s, self._plugin.Warn)], warnings
-
-
-@pytest.fixture(scope="module")
-def judge(k80_host: ModuleType, plugin: ModuleType) -> Judge:
-    return Judge(k80_host, plugin)
-
-
 def test_a_healthy_server(server: Path, judge: Judge) -> None:
     assert judge(server) == ([], [])
 
 
 def test_a_healthy_gateway_needs_no_card(tmp_path: Path, judge: Judge) -> None:
-    assert judge(tmp_path, group="k80_gateways", groups={"k80_servers": ["a"]}) == ([], [])
+    assert judge(tmp_path, groups=["k80_gateways"]) == ([], [])
+
+
+def test_a_server_without_a_card(tmp_path: Path, judge: Judge) -> None:
+    assert judge(tmp_path) == (
+        [
+            f"there is no Tesla K80 in its PCI tree ({tmp_path}/sys/bus/pci/devices, 10de:102d);"
+            " check that the card is seated and powered, or take the host out of k80_servers."
+        ],
+        [],
+    )
 
 
 # --- The dies, from the PCI tree --------------------------------------------
@@ -266,16 +209,20 @@ def test_other_gpus_are_left_alone(server: Path, judge: Judge) -> None:
 # --- Kernels and drivers ----------------------------------------------------
 
 NEW_KERNEL = "6.12.43+deb12-amd64"
-TOO_NEW = (
-    f"kernel {NEW_KERNEL} is newer than 6.9 (nvidia_driver_kernel_max), the newest that driver 470"
-    " builds on; boot one that works (5.10 to 6.9, such as linux-image-amd64, 6.1), remove this one"
-    f" with apt-get purge 'linux-*-{NEW_KERNEL}', and hold the other."
-)
+TOO_NEW = "newer than 6.9 (nvidia_driver_kernel_max), the newest that driver 470 builds on"
+REMOVE = f"with apt-get purge 'linux-*-{NEW_KERNEL}'"
+WORKS = "(5.10 to 6.9, such as linux-image-amd64, 6.1)"
 
 
 def test_an_installed_kernel_that_is_too_new(server: Path, judge: Judge) -> None:
     add_kernel(server, NEW_KERNEL)
-    assert judge(server) == ([f"its installed {TOO_NEW}"], [])
+    assert judge(server) == (
+        [
+            f"its installed kernel {NEW_KERNEL} is {TOO_NEW}; remove it {REMOVE}, and hold one that"
+            f" works {WORKS}."
+        ],
+        [],
+    )
     # Whoever brings his own driver knows its kernels.
     assert judge(server, nvidia_driver_source="none") == ([], [])
     assert judge(server, nvidia_driver_kernel_max="6.12") == ([], [])
@@ -283,8 +230,13 @@ def test_an_installed_kernel_that_is_too_new(server: Path, judge: Judge) -> None
 
 def test_the_running_kernel_is_too_new(server: Path, judge: Judge) -> None:
     add_kernel(server, NEW_KERNEL)
-    facts = {"kernel": NEW_KERNEL}
-    assert judge(server, facts=facts) == ([f"its running {TOO_NEW}"], [])
+    assert judge(server, facts={"kernel": NEW_KERNEL}) == (
+        [
+            f"its running kernel {NEW_KERNEL} is {TOO_NEW}; boot and hold one that works {WORKS},"
+            f" then remove this one {REMOVE}."
+        ],
+        [],
+    )
 
 
 def test_a_container_boots_no_kernel(server: Path, judge: Judge) -> None:
@@ -323,8 +275,8 @@ def test_a_realtime_kernel(server: Path, judge: Judge, place: str) -> None:
     findings, _ = judge(server, facts=el9, preflight_distributions=["AlmaLinux 9"])
     assert findings == [
         f"its installed kernel {version} is a PREEMPT_RT one, which driver 470 does not build on;"
-        " boot one that works (5.10 to 6.9, such as kernel, 5.14), remove this one with dnf remove"
-        f" 'kernel*-{version}', and hold the other."
+        f" remove it with dnf remove 'kernel*-{version}', and hold one that works (5.10 to 6.9,"
+        " such as kernel, 5.14)."
     ]
 
 
@@ -621,13 +573,13 @@ def test_only_what_roles_will_use_is_tried(
 
 def test_a_probe_that_hangs_or_breaks_is_told(server: Path, judge: Judge) -> None:
     host = judge.host()
-    host.seen = judge._module.look_at_host(
+    host.seen = judge.module.look_at_host(
         {"root": str(server), "timeout": 5, "now": 0.0, "space": [], "repositories": False},
         time.time(),
     )
     del host.seen["clock"]
     host.seen["silent"] = {"clock": "no answer within 10 s"}
-    assert [str(s) for s in judge._plugin.told_of(host)] == [
+    assert [str(s) for s in judge.plugin.told_of(host)] == [
         "its clock could not be read (no answer within 10 s); look for a broken file or a file"
         " system that no longer answers."
     ]

@@ -1,6 +1,7 @@
-"""What speaks against provisioning is told by site.yml's first play, at once, before any change.
+"""What speaks against an inventory is told by site.yml's first play, at once, before any change.
 
-The hosts are this machine, each with a root, variables and facts of its own.
+The hosts of the play are this machine, each with a root, variables and facts of its own. What
+needs no play is judged without one, which is faster.
 """
 
 from __future__ import annotations
@@ -10,32 +11,66 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from made_up_host import KERNEL, add_server
+from ansible.template import trust_as_template
+from judge import FACTS, SETTINGS, Judge
+from made_up_host import add_server
 
 ROOT = Path(__file__).resolve().parent.parent
-FACTS = {
-    "ansible_distribution": "Debian",
-    "ansible_distribution_major_version": "12",
-    "ansible_architecture": "x86_64",
-    "ansible_os_family": "Debian",
-    "ansible_kernel": KERNEL,
-    "ansible_service_mgr": "systemd",
-    "ansible_memtotal_mb": 65536,
-    "ansible_default_ipv4": {"address": "192.0.2.7"},
+GATHERED = {f"ansible_{name}": value for name, value in FACTS.items()} | {
+    "ansible_default_ipv4": {"address": "192.0.2.7"}
 }
-KEY = "k3y-Of-The-Instances-0123456789"
-SETTINGS = {
-    "vllm_instance_api_key": KEY,
-    "gateway_api_keys": [{"name": "anna", "key": "k3y-Of-Anna-0123456789-abcdef"}],
-    # This machine's own disk is not the matter.
-    "preflight_disk_free_gb": {"/var/lib/docker": 0},
-    # Nor is its network.
-    "preflight_try_repositories": False,
+DIE0, DIE1 = "0000:05:00.0", "0000:06:00.0"
+KEY = SETTINGS["vllm_instance_api_key"]
+# Inventories of a host that is server and gateway.
+INVENTORIES: dict[str, dict[str, Any]] = {
+    "placeholder": {
+        "vllm_instance_api_key": "change-me",
+        "gateway_api_keys": [{"name": "anna", "key": "change-me"}],
+    },
+    "one-die": {
+        "vllm_instance_instances": [
+            {"name": "a", "dies": [DIE0]},
+            {"name": "b", "dies": [DIE1, DIE0]},
+            {"name": "c", "dies": ["0000:99:00.0"]},
+            {"name": "d", "dies": []},
+        ]
+    },
+    "ports": {
+        "vllm_instance_instances": [
+            {"name": "a", "dies": [DIE0], "port": 8080},
+            {"name": "b", "dies": [DIE1], "port": 8080},
+        ],
+        "gateway_stats_port": 84040,
+    },
+    "names": {
+        "vllm_instance_instances": [
+            {"name": "One", "dies": [DIE0]},
+            {"name": "b", "dies": [DIE1], "modle": "smollm2-135m-instruct"},
+        ],
+    },
+    "reserved": {
+        "vllm_instance_instances": [
+            {"name": "firewall", "dies": [DIE0]},
+            {"name": "a-liveness", "dies": [DIE1], "model": "other"},
+        ],
+        "vllm_model_catalogue": {
+            name: {"source": "pypi", "package": "p", "version": "1", "sha256": "0", "file": "f"}
+            for name in ("smollm2-135m-instruct", "other")
+        },
+        "gateway_api_keys": [{"name": "a b", "key": KEY}],
+    },
+    "types": {
+        "vllm_instance_base_port": "many",
+        "vllm_instance_dtype": "bfloat16",
+        "vllm_instance_instances": {"name": "a"},
+        "vllm_image_base_image": trust_as_template("{{ not_there }}"),
+    },
 }
 
 
@@ -52,7 +87,7 @@ class Run:
         print_dies = {"ansible.builtin.debug": {"var": "preflight_dies"}}
         # Facts as if they had been gathered.
         first_play["gather_facts"] = False
-        facts_of_host = {name: f"{{{{ faked_facts.{name} }}}}" for name in FACTS}
+        facts_of_host = {name: f"{{{{ faked_facts.{name} }}}}" for name in GATHERED}
         set_facts = {"ansible.builtin.set_fact": facts_of_host | {"cacheable": True}}
         first_play["pre_tasks"] = [{"name": "Set the facts"} | set_facts]
         first_play["post_tasks"] = [{"name": "Print the dies"} | print_dies]
@@ -62,7 +97,7 @@ class Run:
         gateways = {host: {} for host in hosts if not hosts[host].pop("no_gateway", False)}
         servers = {host: {} for host in hosts if not hosts[host].pop("no_server", False)}
         for host, variables in hosts.items():
-            faked = {"faked_facts": FACTS | facts.get(host, {})}
+            faked = {"faked_facts": GATHERED | facts.get(host, {})}
             self._write(directory / f"inventory/host_vars/{host}.yml", variables | faked)
         groups = {"k80_servers": {"hosts": servers}, "k80_gateways": {"hosts": gateways}}
         local = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
@@ -121,52 +156,9 @@ def bad(tmp_path_factory: pytest.TempPathFactory, server: Path) -> Run:
     (model / "pytorch_model.bin").touch()
     (model / "config.json").touch()
     good = SETTINGS | {"preflight_root": str(server)}
-    die0, die1 = "0000:05:00.0", "0000:06:00.0"
     hosts: dict[str, dict[str, Any]] = {
         "healthy": good,
         "keyless": good | {"vllm_instance_api_key": "", "gateway_api_keys": []},
-        "placeholder": good
-        | {
-            "vllm_instance_api_key": "change-me",
-            "gateway_api_keys": [{"name": "anna", "key": "change-me"}],
-        },
-        "one-die": good
-        | {
-            "vllm_instance_instances": [
-                {"name": "a", "dies": [die0]},
-                {"name": "b", "dies": [die1, die0]},
-                {"name": "c", "dies": ["0000:99:00.0"]},
-                {"name": "d", "dies": []},
-            ]
-        },
-        "ports": good
-        | {
-            "vllm_instance_instances": [
-                {"name": "a", "dies": [die0], "port": 8080},
-                {"name": "b", "dies": [die1], "port": 8080},
-            ],
-            "gateway_stats_port": 84040,
-        },
-        "names": good
-        | {
-            "vllm_instance_instances": [
-                {"name": "One", "dies": [die0]},
-                {"name": "b", "dies": [die1], "modle": "smollm2-135m-instruct"},
-            ],
-        },
-        "reserved": good
-        | {
-            "vllm_instance_instances": [
-                {"name": "firewall", "dies": [die0]},
-                {"name": "a-liveness", "dies": [die1], "model": "other"},
-            ],
-            "vllm_model_catalogue": {
-                name: {"source": "pypi", "package": "p", "version": "1", "sha256": "0", "file": "f"}
-                for name in ("smollm2-135m-instruct", "other")
-            },
-            "gateway_api_keys": [{"name": "a b", "key": KEY}],
-        },
-        "no-card": good | {"preflight_root": str(directory)},
         "other-system": good,
         "small": good
         | {"preflight_disk_free_gb": {f"{directory}/images": 10**6, f"{directory}/models": 10**6}},
@@ -178,20 +170,13 @@ def bad(tmp_path_factory: pytest.TempPathFactory, server: Path) -> Run:
             "vllm_instance_resolved": [],  # a fact of a role, which a fact cache would show
             "my_own_variable": 1,
         },
-        "types": good
-        | {
-            "vllm_instance_base_port": "many",
-            "vllm_instance_dtype": "bfloat16",
-            "vllm_instance_instances": {"name": "a"},
-            "vllm_image_base_image": "{{ not_there }}",
-        },
         "models": good
         | {
             "vllm_instance_instances": [
-                {"name": "a", "dies": [die0], "model": "smollm3"},
-                {"name": "b", "dies": [die1], "model": "nowhere"},
-                {"name": "c", "dies": [die1], "model": "pickled"},
-                {"name": "d", "dies": [die1], "model": "hub"},
+                {"name": "a", "dies": [DIE0], "model": "smollm3"},
+                {"name": "b", "dies": [DIE1], "model": "nowhere"},
+                {"name": "c", "dies": [DIE1], "model": "pickled"},
+                {"name": "d", "dies": [DIE1], "model": "hub"},
             ],
             "vllm_model_catalogue": {
                 "nowhere": {"source": "directory", "path": "/srv/no/such/model"},
@@ -314,26 +299,35 @@ SENTENCES = {
 }
 
 
+@pytest.fixture
+def findings(bad: Run, judge: Judge, server: Path) -> Callable[[str], list[str]]:
+    """Those of a host of the play or of one of the inventories, by its name."""
+
+    def of(host: str) -> list[str]:
+        if host not in INVENTORIES:
+            return bad.about(host)
+        groups = ["k80_servers", "k80_gateways"]
+        return judge(server, groups=groups, **INVENTORIES[host])[0]
+
+    return of
+
+
 @pytest.mark.parametrize("host", SENTENCES)
-def test_each_fault_is_told_by_name(bad: Run, host: str) -> None:
-    told = bad.about(host)
+def test_each_fault_is_told_by_name(findings: Callable[[str], list[str]], host: str) -> None:
+    told = findings(host)
     assert [sentence for sentence in SENTENCES[host] if sentence not in told] == [], told
 
 
 @pytest.mark.parametrize(
     "host", ["keyless", "placeholder", "ports", "reserved", "other-system", "misspelt"]
 )
-def test_nothing_else_is_told(bad: Run, host: str) -> None:
-    assert sorted(bad.about(host)) == sorted(SENTENCES[host])
+def test_nothing_else_is_told(findings: Callable[[str], list[str]], host: str) -> None:
+    assert sorted(findings(host)) == sorted(SENTENCES[host])
 
 
 @pytest.mark.parametrize(
     ("host", "pattern"),
     [
-        (
-            "no-card",
-            r"there is no Tesla K80 in its PCI tree \(/.*/bus/pci/devices, 10de:102d\); check",
-        ),
         (
             "small",
             r"\d+ GB are free for /.*/images and /.*/models, but 2000000 GB are needed"
@@ -350,13 +344,18 @@ def test_nothing_else_is_told(bad: Run, host: str) -> None:
         ("types", r"vllm_image_base_image cannot be evaluated: 'not_there' is undefined; correct"),
     ],
 )
-def test_faults_with_details_of_this_machine(bad: Run, host: str, pattern: str) -> None:
-    assert [line for line in bad.about(host) if re.match(pattern, line)], bad.about(host)
+def test_faults_with_details_of_this_machine(
+    findings: Callable[[str], list[str]], host: str, pattern: str
+) -> None:
+    told = findings(host)
+    assert [line for line in told if re.match(pattern, line)], told
 
 
-def test_a_healthy_inventory_passes_and_tells_the_dies(tmp_path: Path, server: Path) -> None:
+def test_a_warning_stops_nothing_and_the_dies_are_told(tmp_path: Path) -> None:
+    server = add_server(tmp_path / "server")
+    (server / "sys/bus/pci/devices/0000:03:00.0/current_link_width").write_text("8\n")
     settings = SETTINGS | {"preflight_root": str(server)}
-    instances = [{"name": "both", "dies": ["0000:05:00.0", "0000:06:00.0"]}]
+    instances = [{"name": "both", "dies": [DIE0, DIE1]}]
     run = Run(
         tmp_path,
         {
@@ -367,9 +366,8 @@ def test_a_healthy_inventory_passes_and_tells_the_dies(tmp_path: Path, server: P
     )
     assert run.code == 0, run.output
     assert not run.findings
+    assert len(run.warnings) == 1
+    assert run.warnings[0].startswith("server: the PCIe link of board 0000:03:00.0 to the slot is")
     board = {"board": "0000:03:00.0", "numa_node": 0, "local_cpulist": "0-9"}
-    assert run.dies["server"] == [
-        {"pci_address": "0000:05:00.0"} | board,
-        {"pci_address": "0000:06:00.0"} | board,
-    ]
+    assert run.dies["server"] == [{"pci_address": DIE0} | board, {"pci_address": DIE1} | board]
     assert {stats["changed"] for stats in run.stats.values()} == {0}

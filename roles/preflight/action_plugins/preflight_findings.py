@@ -402,11 +402,13 @@ def kernels_can_have_the_driver(host: Host) -> Iterator[str]:
             fault = f"a PREEMPT_RT one, which driver {DRIVER_BRANCH} does not build on"
         else:
             continue
-        yield (
-            f"its {'running' if is_running else 'installed'} kernel {version} is {fault}; boot one"
-            f" that works ({kernel_advice(host)}), remove this one with"
-            f" {host.remove_kernel(version)}, and hold the other."
-        )
+        works, remove = kernel_advice(host), host.remove_kernel(version)
+        if is_running:
+            remedy = f"boot and hold one that works ({works}), then remove this one with {remove}"
+        else:
+            remedy = f"remove it with {remove}, and hold one that works ({works})"
+        which = "running" if is_running else "installed"
+        yield f"its {which} kernel {version} is {fault}; {remedy}."
 
 
 @check("k80_servers")
