@@ -64,6 +64,12 @@ test-package-fast: venv ## Those of them that start no engine
 test-molecule: venv ## The molecule scenarios, on an emulated server
 	@pytest tests -m molecule --capture=no
 
+## ---- look at the kernels
+
+.PHONY: kernels-report
+kernels-report: ## What each kernel costs on a K80 (CUDA 11, no GPU; ARGS=--json)
+	@python3 vllm-k80-src/tools/kernels_report.py $(ARGS)
+
 ## ---- keep it
 
 .PHONY: venv
