@@ -1,6 +1,6 @@
 #!/usr/bin/python
 # SPDX-License-Identifier: Apache-2.0
-"""Unpacks CUDA's compiler and its headers from the distribution's packages, without installing them."""
+"""Unpacks CUDA's compiler and its headers from the distribution's packages."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ DOCUMENTATION = r"""
 module: cuda_toolkit_unpacked
 short_description: CUDA's compiler from the distribution's packages, unpacked and not installed
 description:
-  - Puts nvcc, what it calls, cuobjdump and the headers into a directory of their own, so that none of the packages'
-    dependencies comes along. apt fetches the packages and checks their signatures.
-  - Follows the version that apt offers. The directory is replaced at once, when the new one is complete.
+  - Puts nvcc, what it calls, cuobjdump and the headers into a directory of their own, so that none
+    of the packages' dependencies comes along. apt fetches the packages and checks their signatures.
+  - Follows the version that apt offers. The directory is replaced when the new one is complete.
 options:
   prefix: {description: The directory, which is this module's alone., type: path, required: true}
 attributes:
   check_mode:
-    description: Says whether the directory would be made. Without the packages' names in apt's lists it would.
+    description: Says whether the directory would be made, as it would where apt knows none yet.
     support: full
 """
 
@@ -39,8 +39,8 @@ version:
   returned: success
 """
 
-# From each package: its directories, and where they go. In this order in the archive, so that what comes after the
-# headers, 2.7 GB of libraries, is not even unpacked.
+# From each package: its directories, and where they go. They are in this order in the archive, so
+# that what comes after the headers, 2.7 GB of libraries, is not even read.
 PACKAGES = {
     "nvidia-cuda-toolkit": {
         "usr/bin/": "bin/",
@@ -70,7 +70,9 @@ def run(*argv, cwd=None):
         argv, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False
     )
     if done.returncode != 0:
-        raise UnpackError(f"{' '.join(argv)} failed: {done.stderr.decode(errors='replace').strip()}")
+        raise UnpackError(
+            f"{' '.join(argv)} failed: {done.stderr.decode(errors='replace').strip()}"
+        )
     return done.stdout.decode()
 
 
@@ -155,8 +157,9 @@ def main():
         missing = [package for package in PACKAGES if package not in versions]
         if missing and not module.check_mode:
             raise UnpackError(
-                f"apt knows no package {' and '.join(missing)}: give the server a source with the component non-free "
-                "(Ubuntu: multiverse), or set cuda_toolkit_source to repository or runfile."
+                f"apt knows no package {' and '.join(missing)}: give the server a source with the "
+                "component non-free (Ubuntu: multiverse), or set cuda_toolkit_source to repository "
+                "or runfile."
             )
         changed = bool(missing) or made_from(prefix) != record(versions)
         if changed and not module.check_mode:
