@@ -543,8 +543,8 @@ def clock_is_right(host: Host) -> Iterator[str]:
         )
     elif clock["synchronised"] is False:
         yield Warn(
-            "nothing keeps its clock right, and certificates fail once it is wrong; install"
-            " systemd-timesyncd or chrony."
+            "its clock is not synchronised, and certificates fail once it is wrong; install"
+            " systemd-timesyncd or chrony, or see what timedatectl says of it."
         )
 
 

@@ -392,8 +392,8 @@ def header_packages(root, versions, seconds):
         return {v: known.get("linux-headers-" + v, "(none)") != "(none)" for v in versions}
     if shutil.which("dnf") and os.path.isdir(os.path.join(root, "etc/yum.repos.d")):
         # From its cache alone: fetching the lists takes longer than a probe may.
-        query = ["dnf", "--quiet", "--cacheonly", "--installroot", root, "repoquery"]
-        form = ["--queryformat", "%{version}-%{release}.%{arch}\n", "kernel-devel"]
+        query = ["dnf", "--quiet", "--cacheonly", "repoquery", "kernel-devel"]
+        form = ["--queryformat", "%{version}-%{release}.%{arch}\n"]
         listed = output_of(query + form, seconds).split()
         if listed:
             return {version: version in listed for version in versions}
