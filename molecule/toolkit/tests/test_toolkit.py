@@ -57,11 +57,11 @@ def test_a_container_has_its_die_and_keeps_it(
 
 
 def test_without_links_in_dev_char_it_would_lose_it(server: Server, container: Container) -> None:
-    """Negative control of the unit's second half, with Debian 12's runc."""
+    """Negative control of the links that the unit makes, with Debian 12's runc. On cgroup v2 the
+    container would not even have it before."""
     server.run("rm -r /dev/char")
     try:
         container.start(server.uuids[0])
-        assert container.opens("nvidia0") == MAY
         server.run("systemctl daemon-reload")
         assert container.opens("nvidia0") == MAY_NOT
     finally:
