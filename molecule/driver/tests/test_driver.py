@@ -20,8 +20,8 @@ def test_every_kernel_has_the_module(host: Host) -> None:
     for kernel in kernels(host):
         assert f"{MODULE}/{VERSION}, {kernel}, x86_64: installed" in status
         assert host.check_output(f"modinfo -k {kernel} -F version {MODULE}") == VERSION
-        # What udev and modprobe ask for leads to it.
-        assert "nvidia-tesla-470.ko" in host.check_output(
+        # What udev and modprobe ask for is another name of it.
+        assert f"install modprobe -i {MODULE}" in host.check_output(
             f"modprobe --set-version {kernel} --show-depends nvidia"
         )
 
@@ -55,7 +55,7 @@ def test_unattended_upgrades_leave_the_driver_alone(host: Host) -> None:
     said = host.check_output("unattended-upgrade --dry-run --debug 2>&1")
     blacklist = next(line for line in said.splitlines() if "blacklist" in line)
     for pattern in ("^nvidia", "^libnvidia", "^cuda"):
-        assert f"'{pattern}'" in blacklist
+        assert pattern in blacklist.split()
 
 
 def test_the_dies_are_set_up_before_docker(host: Host) -> None:
@@ -66,7 +66,8 @@ def test_the_dies_are_set_up_before_docker(host: Host) -> None:
         assert "docker.service" in shown
         assert "ActiveState=active" in shown
         assert "UnitFileState=enabled" in shown
-    assert host.file("/dev/nvidia-uvm").is_character_device
+    kind = host.check_output("stat --format %F /dev/nvidia-uvm")
+    assert kind == "character special file"
 
 
 def test_clocks_are_what_was_asked_for(host: Host) -> None:
