@@ -50,7 +50,7 @@ class Role:
 
     def run(self, role: str, **variables: Any) -> tuple[int, int, str]:
         """Its exit status, how many tasks changed something, and all that it said."""
-        play = [{"hosts": "all", "roles": [role]}]
+        play = [{"hosts": "all", "gather_subset": ["min"], "roles": [role]}]
         playbook = self.directory / "play.yml"
         playbook.write_text(json.dumps(play))
         (self.directory / "group_vars").unlink(missing_ok=True)

@@ -118,6 +118,8 @@ def test_nvidias_installer(server: Server, role: Role) -> None:
 
 
 def test_removal(server: Server, role: Role) -> None:
-    applied(role, cuda_toolkit_state="absent")
+    code, changed, said = role.run("cuda_toolkit", cuda_toolkit_state="absent")
+    assert code == 0, said
+    assert changed > 0
     server.run(f"test ! -e {PREFIX}")
     server.run(f"test ! -e {PACKAGES}/bin/nvcc")
