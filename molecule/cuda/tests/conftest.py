@@ -53,10 +53,13 @@ class Role:
         play = [{"hosts": "all", "gather_subset": ["min"], "roles": [role]}]
         playbook = self.directory / "play.yml"
         playbook.write_text(json.dumps(play))
-        (self.directory / "group_vars").unlink(missing_ok=True)
-        (self.directory / "group_vars").symlink_to(ROOT / "group_vars")
+        return self.play(playbook, **variables)
+
+    def play(self, playbook: Path, **variables: Any) -> tuple[int, int, str]:
         variables["ansible_connection"] = "community.docker.docker"
-        command = [Path(sys.executable).with_name("ansible-playbook"), "--inventory", f"{SERVER},"]
+        inventory = self.directory / "inventory.json"
+        inventory.write_text(json.dumps({"k80_servers": {"hosts": {SERVER: {}}}}))
+        command = [Path(sys.executable).with_name("ansible-playbook"), "--inventory", inventory]
         done = subprocess.run(
             [*command, "--extra-vars", json.dumps(variables), playbook],
             cwd=ROOT,
