@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import posixpath
 import re
 import shutil
 import subprocess
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ansible.errors import AnsibleFilterError
@@ -217,6 +219,30 @@ def test_a_command_that_fails_is_told_with_its_words(build):
 
 
 # ---- the kernels, compiled on the server
+
+
+@pytest.mark.parametrize("nvcc", ["", "/opt/nvcc"])
+def test_the_build_is_dockers_alone_unless_the_server_compiles(build, nvcc):
+    ran, sent = [], []
+    build._connection = SimpleNamespace(_shell=SimpleNamespace(join_path=posixpath.join))
+    build._make_tmp_path = lambda: "/tmp/ansible"
+    build._transfer_data = lambda path, data: sent.append(path)
+    build._find_needle = lambda kind, name: f"{kind}/{name}"
+    build._transfer_file = lambda source, path: sent.append(path)
+    build._execute = build._command = ran.append
+    args = {"context": "", "reference": "vllm-k80:1", "build_args": {"CUDA_SOURCE": "x"}}
+    args |= {"log": "/build.log", "timeout": 9, "directory": "/build", "nvcc": nvcc}
+    build._start("unit", args)
+
+    docker = ["docker", "build", "--progress=plain", "--file=docker/Dockerfile"]
+    docker += ["--tag=vllm-k80:1", "--build-arg=CUDA_SOURCE=x"]
+    unit = ran[-1][ran[-1].index("--setenv=HOME=/root") + 1 :]
+    assert "--property=StandardInput=file:/tmp/ansible/context.tar.gz" in ran[-1]
+    if nvcc:
+        assert unit == ["sh", "/tmp/ansible/compile-and-build", "/build", nvcc, *docker]
+        assert sent == ["/tmp/ansible/context.tar.gz", "/tmp/ansible/compile-and-build"]
+    else:
+        assert unit == [*docker, "-"]
 
 
 def test_the_server_compiles_and_docker_gets_the_result(tmp_path):
