@@ -110,7 +110,7 @@ def test_after_a_boot_the_specification_is_fresh_and_before_docker(
 ) -> None:
     """A board was replaced while the server was off, and one container names the new die."""
     old = server.uuids[1]
-    new = old[:-4] + "feed"
+    new = f"{old[:-4]}{int(old[-4:], 16) ^ 0xFFFF:04x}"
     container.start(old, "--restart", "always")
     server.run(f"echo {new} > /etc/k80-emulator/dies/0000:06:00.0/uuid")
     server.reboot()
