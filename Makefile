@@ -64,10 +64,16 @@ test-package-fast: venv ## Those of them that start no engine
 test-molecule: venv ## The molecule scenarios, on an emulated server
 	@pytest tests -m molecule --capture=no
 
+## ---- look at the kernels
+
 .PHONY: kernels-report
-kernels-report: ## Predicted times of the kernels on a K80 die (needs CUDA 11.8's nvcc; minutes)
+kernels-report: ## What each kernel costs on a K80 (CUDA 11, no GPU; ARGS=--json)
+	@python3 vllm-k80-src/tools/kernels_report.py $(ARGS)
+
+.PHONY: kernels-predict
+kernels-predict: ## How long each kernel would take on a K80, predicted (CUDA 11.8, no GPU; minutes)
 	@tools/package-env
-	@build/py311/bin/python vllm-k80-src/tools/kernels_report.py build/kernels-report.json
+	@build/py311/bin/python vllm-k80-src/tools/kernels_predict.py build/kernels-predict.json
 
 ## ---- keep it
 

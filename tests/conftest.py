@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from judge import Judge
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,3 +25,12 @@ def load_module() -> Callable[[str], ModuleType]:
         return module
 
     return load
+
+
+@pytest.fixture(scope="session")
+def judge(load_module: Callable[[str], ModuleType]) -> Judge:
+    """The checks of preflight."""
+    return Judge(
+        load_module("roles/preflight/library/k80_host.py"),
+        load_module("roles/preflight/action_plugins/preflight_findings.py"),
+    )

@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import posixpath
 import re
 import shutil
+import subprocess
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ansible.errors import AnsibleFilterError
@@ -114,7 +117,8 @@ def test_a_build_by_hand_takes_the_same_files():
     ignore = (DOCKER / "Dockerfile.dockerignore").read_text().splitlines()
     allowed = {line[1:] for line in ignore if line.startswith("!")}
     hashed = {pattern.removesuffix("/**/*") for pattern in content.CONTENT}
-    assert allowed == hashed - {"docker/Dockerfile"}
+    # The kernels are there when CUDA_SOURCE=host had them compiled; csrc and CUDA_SOURCE say which.
+    assert allowed == hashed - {"docker/Dockerfile"} | {"kernels/vllm_k80.fatbin"}
 
 
 def test_the_dockerfile_needs_nothing_that_is_not_sent():
@@ -165,6 +169,7 @@ def test_what_the_card_cannot_use_stays_out():
 # ---- the build, followed
 
 BUILD_LOG = """\
+== the kernels, for sm_37, with /opt/nvcc
 #9 [runtime 2/6] RUN echo "== PyTorch"     && pip install
 #9 0.619 == PyTorch
 #22 0.402 == the kernels, for sm_37
@@ -186,7 +191,7 @@ def build(monkeypatch):
 
 def test_each_step_is_told_once(build):
     log = BUILD_LOG.splitlines(keepends=True)
-    polls = iter([("active", 2), ("active", 3), ("inactive", 5)])
+    polls = iter([("active", 1), ("active", 3), ("active", 4), ("inactive", 6)])
 
     def execute(argv):
         if argv[0] == "systemctl":
@@ -196,7 +201,11 @@ def test_each_step_is_told_once(build):
 
     build._execute = execute
     assert build._follow("unit") == "success"
-    assert build.said == ["PyTorch", "the kernels, for sm_37"]
+    assert build.said == [
+        "the kernels, for sm_37, with /opt/nvcc",
+        "PyTorch",
+        "the kernels, for sm_37",
+    ]
 
 
 def test_a_command_that_fails_is_told_with_its_words(build):
@@ -207,3 +216,57 @@ def test_a_command_that_fails_is_told_with_its_words(build):
         AnsibleActionFail, match=r"systemctl show .* failed on server \(exit code 1\): no such unit"
     ):
         build._state("unit")
+
+
+# ---- the kernels, compiled on the server
+
+
+@pytest.mark.parametrize("nvcc", ["", "/opt/nvcc"])
+def test_the_build_is_dockers_alone_unless_the_server_compiles(build, nvcc):
+    ran, sent = [], []
+    build._connection = SimpleNamespace(_shell=SimpleNamespace(join_path=posixpath.join))
+    build._make_tmp_path = lambda: "/tmp/ansible"
+    build._transfer_data = lambda path, data: sent.append(path)
+    build._find_needle = lambda kind, name: f"{kind}/{name}"
+    build._transfer_file = lambda source, path: sent.append(path)
+    build._execute = build._command = ran.append
+    args = {"context": "", "reference": "vllm-k80:1", "build_args": {"CUDA_SOURCE": "x"}}
+    args |= {"log": "/build.log", "timeout": 9, "directory": "/build", "nvcc": nvcc}
+    build._start("unit", args)
+
+    docker = ["docker", "build", "--progress=plain", "--file=docker/Dockerfile"]
+    docker += ["--tag=vllm-k80:1", "--build-arg=CUDA_SOURCE=x"]
+    unit = ran[-1][ran[-1].index("--setenv=HOME=/root") + 1 :]
+    assert "--property=StandardInput=file:/tmp/ansible/context.tar.gz" in ran[-1]
+    if nvcc:
+        assert unit == ["sh", "/tmp/ansible/compile-and-build", "/build", nvcc, *docker]
+        assert sent == ["/tmp/ansible/context.tar.gz", "/tmp/ansible/compile-and-build"]
+    else:
+        assert unit == [*docker, "-"]
+
+
+def test_the_server_compiles_and_docker_gets_the_result(tmp_path):
+    """The script of the build, with a compiler and a Docker that only show what they were given."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        "[ $1 = --version ] && echo 'release 11.8, V11.8.89' && exit\n"
+        "while [ $1 != -o ]; do shift; done\n"
+        "grep -c __global__ $3 > $2\n"
+    )
+    nvcc.chmod(0o755)
+    context = tmp_path / "context"
+    context.mkdir()
+    (context / "left").write_text("by an earlier build")
+
+    done = subprocess.run(
+        [ROOT / "roles/vllm_image/files/compile-and-build", context, nvcc, "ls", "-1"],
+        input=base64.b64decode(content.build_context(SOURCE)),
+        capture_output=True,
+        check=True,
+    )
+    first, *listed = done.stdout.decode().splitlines()
+    assert first == f"== the kernels, for sm_37, with {nvcc}"
+    assert {"csrc", "docker", "kernels", "vllm_k80"} <= set(listed)
+    assert (context / "kernels/vllm_k80.fatbin").read_text() == "2\n"
+    assert not (context / "left").exists()

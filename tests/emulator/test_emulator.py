@@ -1,4 +1,4 @@
-"""The emulated K80's own parts: nvidia-smi, the container runtime, the PCI tree."""
+"""The emulated K80's own parts: nvidia-smi and -modprobe, the container toolkit, the PCI tree."""
 
 from __future__ import annotations
 
@@ -14,42 +14,56 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 
 ROOTFS = Path(__file__).resolve().parents[2] / "files" / "emulator" / "rootfs"
+LIBRARY = ROOTFS / "usr" / "lib" / "k80-emulator"
 UUIDS = [
     "GPU-4f0a2c1e-7d35-4b9a-8e61-c2a5d0937b14",
     "GPU-b7e61d93-05fa-4c28-9b47-1f8d3ea260c5",
 ]
-CONTROL = ["/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools"]
+CONTROL = {"nvidiactl", "nvidia-uvm", "nvidia-uvm-tools"}
 
 
 class Emulator:
     """A copy of the emulator's files and of a driver's device nodes, for one test."""
 
     def __init__(self, directory: Path) -> None:
-        self.state, self.dev = directory / "state", directory / "dev"
+        self.directory, self.state, self.dev = directory, directory / "state", directory / "dev"
+        self.settings, self.libraries = directory / "run", directory / "lib"
         shutil.copytree(ROOTFS / "etc" / "k80-emulator", self.state)
         self.dev.mkdir()
         for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools"):
             # What matters is that a character device is there; its numbers need root.
             (self.dev / name).symlink_to("/dev/null")
-        runc = directory / "bin" / "runc"
-        runc.parent.mkdir()
-        runc.write_text('#!/bin/sh\necho runc "$@"\n')
-        runc.chmod(0o755)
+        self.bin = directory / "bin"
+        self.bin.mkdir()
+        smi = ROOTFS / "usr" / "local" / "bin" / "nvidia-smi"
+        for name, script in (("runc", 'echo runc "$@"'), ("nvidia-smi", f'{smi} "$@"')):
+            (self.bin / name).write_text(f"#!/bin/sh\n{script}\n")
+            (self.bin / name).chmod(0o755)
         self.environment = os.environ | {
             "K80_EMULATOR_STATE": str(self.state),
+            "K80_EMULATOR_RUN": str(self.settings),
             "K80_EMULATOR_DEV": str(self.dev),
-            "PATH": f"{runc.parent}:{os.environ['PATH']}",
+            "K80_EMULATOR_LIBRARIES": str(self.libraries),
+            "XDG_CONFIG_HOME": str(directory / "etc"),
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "PYTHONPATH": str(LIBRARY),
             "PYTHONDONTWRITEBYTECODE": "1",
         }
 
     def die(self, number: int) -> Path:
         return self.state / "dies" / ("0000:05:00.0", "0000:06:00.0")[number]
 
+    @staticmethod
+    def programs(name: str) -> Path:
+        directories = (ROOTFS / "usr" / "local" / "bin", ROOTFS.parent / "toolkit")
+        return next(path / name for path in directories if (path / name).exists())
+
     def run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, ROOTFS / "usr" / "bin" / program, *arguments],
+            [sys.executable, self.programs(program), *arguments],
             env=self.environment,
             capture_output=True,
             text=True,
@@ -174,14 +188,157 @@ def test_an_injected_exit_code(emulator: Emulator) -> None:
     )
 
 
-# ---- the container runtime
+@pytest.mark.parametrize("place", ["state", "settings"])
+def test_a_fault_of_nvidia_smi_may_lie_where_a_boot_forgets_it(
+    emulator: Emulator, place: str
+) -> None:
+    fault = getattr(emulator, place) / "nvidia-smi"
+    fault.mkdir(parents=True)
+    (fault / "exit_code").write_text("9\n")
+    assert emulator.smi("-L") == (9, [""])
 
 
-def create(
-    emulator: Emulator, directory: Path, *environment: str
-) -> tuple[int, dict[str, Any], str]:
+# ---- nvidia-smi sets
+
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="nvidia-smi lets only root set")
+GPU1 = "00000000:06:00.0"
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("arguments", "said", "field", "now"),
+    [
+        (
+            ["-pm", "0"],
+            f"Disabled persistence mode for GPU {GPU1}.",
+            "persistence_mode",
+            "Disabled",
+        ),
+        (
+            ["-pm", "1"],
+            f"Persistence mode is already Enabled for GPU {GPU1}.",
+            "persistence_mode",
+            "Enabled",
+        ),
+        (
+            ["-ac", "2505,875"],
+            f'Applications clocks set to "(MEM 2505, SM 875)" for GPU {GPU1}',
+            "clocks.applications.graphics",
+            "875 MHz",
+        ),
+        (
+            ["-c", "EXCLUSIVE_PROCESS"],
+            f"Set compute mode to EXCLUSIVE_PROCESS for GPU {GPU1}.",
+            "compute_mode",
+            "Exclusive_Process",
+        ),
+        (
+            ["-pl", "130"],
+            f"Power limit for GPU {GPU1} was set to 130.00 W from 149.00 W.",
+            "power.limit",
+            "130.00 W",
+        ),
+    ],
+)
+def test_a_setting_holds_for_the_die_that_it_names(
+    emulator: Emulator, arguments: list[str], said: str, field: str, now: str
+) -> None:
+    query = (f"--query-gpu={field}", "--format=csv,noheader", "-i")
+    other = emulator.smi(*query, "0")
+    status, lines = emulator.smi(*arguments, "-i", "1")
+    assert (status, lines[0], lines[-1]) == (0, said, "All done.")
+    assert emulator.smi(*query, "1") == (0, [now])
+    assert emulator.smi(*query, "0") == other
+
+
+@as_root
+def test_a_boot_forgets_what_was_set_but_for_ecc(
+    emulator: Emulator, plug_in: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = "clocks.applications.graphics,ecc.mode.current,ecc.mode.pending"
+    query = (f"--query-gpu={fields}", "--format=csv,noheader,nounits", "-i", "0")
+    emulator.smi("-ac", "2505,875")
+    status, lines = emulator.smi("-e", "0")
+    assert (status, lines[-2:]) == (0, ["All done.", "Reboot required."])
+    assert emulator.smi(*query) == (0, ["875, Enabled, Disabled"])
+    shutil.rmtree(emulator.settings)
+    monkeypatch.setattr(sys.modules["k80_dies"], "STATE", emulator.state)
+    plug_in.apply_ecc()
+    assert emulator.smi(*query) == (0, ["562, Disabled, Disabled"])
+
+
+@as_root
+def test_a_card_that_does_not_do_what_it_is_told(emulator: Emulator) -> None:
+    (emulator.die(0) / "clocks.applications.graphics").write_text("562\n")
+    assert emulator.smi("-ac", "2505,875")[0] == 0
+    assert emulator.smi(
+        "--query-gpu=clocks.applications.graphics", "--format=csv,noheader,nounits"
+    ) == (0, ["562", "875"])
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-ac", "2505,900"], 'Specified clock combination "(MEM 2505, SM 900)" is not supported'),
+        (["-pl", "300"], "Provided power limit 300.00 W is not a valid power limit"),
+        (["-c", "7"], "Invalid combination of input arguments."),
+        (["-pm", "1", "-e", "1"], "Invalid combination of input arguments."),
+    ],
+)
+def test_a_setting_that_the_card_has_not(
+    emulator: Emulator, arguments: list[str], message: str
+) -> None:
+    status, lines = emulator.smi(*arguments)
+    assert status == 2
+    assert lines[0].startswith(message)
+    assert not emulator.settings.exists()
+
+
+# ---- nvidia-modprobe
+
+
+def test_the_nodes_of_unified_memory(emulator: Emulator) -> None:
+    for name in ("nvidia-uvm", "nvidia-uvm-tools"):
+        (emulator.dev / name).unlink()
+    result = emulator.run("nvidia-modprobe", "-u", "-c=0")
+    if os.geteuid() == 0:
+        assert result.returncode == 0, result.stderr
+        assert (emulator.dev / "nvidia-uvm").is_char_device()
+        assert (emulator.dev / "nvidia-uvm-tools").is_char_device()
+
+
+def test_no_module_without_a_card(emulator: Emulator) -> None:
+    shutil.rmtree(emulator.state / "dies")
+    assert emulator.run("nvidia-modprobe", "-u", "-c=0").returncode == 1
+
+
+# ---- the container toolkit
+
+
+def configure(emulator: Emulator, mode: str) -> None:
+    """As the package and the role do; the directories of the specifications are this test's."""
+    assert emulator.run("nvidia-ctk", "config", "--in-place").returncode == 0
+    result = emulator.run(
+        "nvidia-ctk", "config", "--in-place", "--set", f"nvidia-container-runtime.mode={mode}"
+    )
+    assert result.returncode == 0, result.stderr
+    file = emulator.directory / "etc" / "nvidia-container-runtime" / "config.toml"
+    file.write_text(file.read_text().replace("/var/run/cdi", str(emulator.directory / "cdi")))
+
+
+def generate(emulator: Emulator) -> dict[str, Any]:
+    path = emulator.directory / "cdi" / "nvidia.yaml"
+    result = emulator.run("nvidia-ctk", "cdi", "generate", f"--output={path}")
+    assert result.returncode == 0, result.stderr
+    spec: dict[str, Any] = yaml.safe_load(path.read_text())
+    return spec
+
+
+def create(emulator: Emulator, *environment: str) -> tuple[int, dict[str, Any], str]:
     """Has the runtime make a container with this environment: exit status, configuration, log."""
-    config, log = directory / "config.json", directory / "log.json"
+    config, log = emulator.directory / "config.json", emulator.directory / "log.json"
     deny = {"allow": False, "access": "rwm"}
     config.write_text(
         json.dumps(
@@ -192,73 +349,129 @@ def create(
         )
     )
     result = emulator.run(
-        "nvidia-container-runtime", "--log", str(log), "create", "--bundle", str(directory), "name"
+        "nvidia-container-runtime", "--log", str(log), "create", "--bundle", str(config.parent), "x"
     )
     if result.returncode == 0:
         assert result.stdout.startswith("runc --log"), result.stdout
     return (
         result.returncode,
         json.loads(config.read_text()),
-        log.read_text() if log.exists() else "",
+        json.loads(log.read_text())["msg"] if log.exists() else "",
     )
 
 
-def nodes(config: dict[str, Any]) -> list[str]:
+def nodes(config: dict[str, Any]) -> set[str]:
     devices = config["linux"].get("devices", [])
     rules = config["linux"]["resources"]["devices"]
     assert rules[0] == {"allow": False, "access": "rwm"}
     # Each node comes with the rule that lets it be opened, and no rule comes without a node.
     assert len(rules) - 1 == len(devices)
-    assert all(rule["access"] == "rw" for rule in rules[1:])
-    return [device["path"] for device in devices]
+    assert all(rule["allow"] for rule in rules[1:])
+    return {Path(device["path"]).name for device in devices}
+
+
+REFUSED = (
+    "could not apply required modification to OCI specification: error modifying OCI spec: "
+    "failed to inject CDI devices: "
+)
+
+
+@pytest.fixture
+def cdi(emulator: Emulator) -> Emulator:
+    configure(emulator, "cdi")
+    generate(emulator)
+    return emulator
+
+
+def test_setting_the_mode_leaves_the_rest_as_it_is(emulator: Emulator) -> None:
+    before = emulator.run("nvidia-ctk", "config").stdout.splitlines()
+    after = emulator.run(
+        "nvidia-ctk", "config", "--set", "nvidia-container-runtime.mode=cdi"
+    ).stdout.splitlines()
+    assert [pair for pair in zip(before, after, strict=True) if len(set(pair)) == 2] == [
+        ('mode = "auto"', 'mode = "cdi"')
+    ]
+    unknown = emulator.run("nvidia-ctk", "config", "--set", "nvidia-container-runtime.colour=red")
+    assert unknown.returncode == 1
+    assert "invalid config option" in unknown.stderr
+
+
+def test_the_specification_names_dies_nodes_and_the_drivers_libraries(emulator: Emulator) -> None:
+    library = emulator.libraries / "nvidia" / "libcuda.so.470.256.02"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    (library.parent / "libcuda.so.535.1").touch()
+    (emulator.dev / "nvidia-uvm").unlink()
+    spec = generate(emulator)
+    assert spec["kind"] == "nvidia.com/gpu"
+    assert {device["name"] for device in spec["devices"]} == {"0", "1", *UUIDS, "all"}
+    common = spec["containerEdits"]
+    # The real one, too, leaves out what is not there.
+    names = [Path(node["path"]).name for node in common["deviceNodes"]]
+    assert names == ["nvidia-uvm-tools", "nvidiactl"]
+    mounted = [mount["hostPath"] for mount in common["mounts"]]
+    assert [path for path in mounted if "libcuda" in path] == [str(library)]
+    listed = emulator.run("nvidia-ctk", "cdi", "list", f"--spec-dir={emulator.directory}/cdi")
+    assert f"nvidia.com/gpu={UUIDS[1]}\n" in listed.stdout
+
+
+def test_no_specification_without_a_driver(emulator: Emulator) -> None:
+    (emulator.dev / "nvidiactl").unlink()
+    result = emulator.run("nvidia-ctk", "cdi", "generate")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "couldn't communicate with the NVIDIA driver" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("wanted", "expected"),
     [
-        (UUIDS[0], ["/dev/nvidia0", *CONTROL]),
-        (UUIDS[1], ["/dev/nvidia1", *CONTROL]),
-        (",".join(UUIDS), ["/dev/nvidia0", "/dev/nvidia1", *CONTROL]),
-        ("1", ["/dev/nvidia1", *CONTROL]),
-        ("all", ["/dev/nvidia0", "/dev/nvidia1", *CONTROL]),
-        ("none", CONTROL),
-        ("void", []),
-        ("", []),
-        (None, []),
+        (UUIDS[0], {"nvidia0", *CONTROL}),
+        (UUIDS[1], {"nvidia1", *CONTROL}),
+        (",".join(UUIDS), {"nvidia0", "nvidia1", *CONTROL}),
+        ("1", {"nvidia1", *CONTROL}),
+        ("all", {"nvidia0", "nvidia1", *CONTROL}),
+        ("void", set()),
+        ("", set()),
+        (None, set()),
     ],
 )
-def test_visible_devices(
-    emulator: Emulator, tmp_path: Path, wanted: str | None, expected: list[str]
-) -> None:
+def test_visible_devices(cdi: Emulator, wanted: str | None, expected: set[str]) -> None:
     environment = [] if wanted is None else [f"NVIDIA_VISIBLE_DEVICES={wanted}"]
-    status, config, _ = create(emulator, tmp_path, *environment)
-    assert status == 0
+    status, config, log = create(cdi, *environment)
+    assert status == 0, log
     assert nodes(config) == expected
     mounts = config.get("mounts", [])
     assert bool(mounts) == bool(expected)
     assert all("ro" in mount["options"] for mount in mounts)
 
 
-def test_nvidia_smi_is_a_capability_of_its_own(emulator: Emulator, tmp_path: Path) -> None:
-    _, config, _ = create(
-        emulator, tmp_path, "NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute"
-    )
-    assert "mounts" not in config
-
-
-def test_an_unknown_device_is_refused_by_name(emulator: Emulator, tmp_path: Path) -> None:
-    status, config, log = create(emulator, tmp_path, "NVIDIA_VISIBLE_DEVICES=GPU-0")
+@pytest.mark.parametrize(("wanted", "name"), [("GPU-0", "GPU-0"), ("none", "")])
+def test_an_unknown_device_is_refused_by_name(cdi: Emulator, wanted: str, name: str) -> None:
+    status, config, log = create(cdi, f"NVIDIA_VISIBLE_DEVICES={wanted}")
     assert status == 1
-    assert nodes(config) == []
-    assert json.loads(log)["msg"] == "nvidia-container-cli: device error: GPU-0: unknown device"
+    assert nodes(config) == set()
+    assert log == f"{REFUSED}unresolvable CDI devices nvidia.com/gpu={name}"
 
 
-def test_a_missing_uvm_node_does_not_stop_a_container(emulator: Emulator, tmp_path: Path) -> None:
-    """As after a boot without nvidia-modprobe: nvidia-smi works in there, CUDA would not."""
-    (emulator.dev / "nvidia-uvm").unlink()
-    status, config, _ = create(emulator, tmp_path, f"NVIDIA_VISIBLE_DEVICES={UUIDS[0]}")
-    assert status == 0
-    assert "/dev/nvidia-uvm" not in nodes(config)
+def test_a_stale_specification_is_refused(cdi: Emulator) -> None:
+    (cdi.dev / "nvidia1").unlink()
+    status, _, log = create(cdi, f"NVIDIA_VISIBLE_DEVICES={UUIDS[1]}")
+    assert status == 1
+    assert log == (
+        f"{REFUSED}failed to inject devices: failed to stat CDI host device "
+        f'"{cdi.dev}/nvidia1": no such file or directory'
+    )
+
+
+@pytest.mark.parametrize("mode", ["legacy", "auto"])
+def test_the_legacy_mode_leaves_it_to_a_hook(emulator: Emulator, mode: str) -> None:
+    configure(emulator, mode)
+    status, config, log = create(emulator, f"NVIDIA_VISIBLE_DEVICES={UUIDS[0]}")
+    assert status == 0, log
+    assert nodes(config) == set()
+    assert [hook["path"] for hook in config["hooks"]["prestart"]] == [
+        "/usr/bin/nvidia-container-runtime-hook"
+    ]
 
 
 def test_other_commands_pass_through(emulator: Emulator) -> None:
@@ -271,17 +484,16 @@ def test_other_commands_pass_through(emulator: Emulator) -> None:
 
 @pytest.fixture(scope="module")
 def plug_in() -> ModuleType:
-    library = ROOTFS / "usr" / "lib" / "k80-emulator"
-    sys.path.insert(0, str(library))
+    sys.path.insert(0, str(LIBRARY))
     os.environ["K80_EMULATOR_STATE"] = str(ROOTFS / "etc" / "k80-emulator")
     sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
     try:
-        loader = SourceFileLoader("plug_in", str(library / "plug-in"))
+        loader = SourceFileLoader("plug_in", str(LIBRARY / "plug-in"))
         module = ModuleType("plug_in")
         sys.modules["plug_in"] = module  # where dataclass looks for it
         loader.exec_module(module)
     finally:
-        sys.path.remove(str(library))
+        sys.path.remove(str(LIBRARY))
         del os.environ["K80_EMULATOR_STATE"]
         sys.dont_write_bytecode = before
     return module

@@ -10,6 +10,10 @@ set -eu
 out=${1:?usage: build.sh OUTPUT_DIRECTORY}
 source=$(dirname "$0")
 nvcc=${NVCC:-nvcc}
+if ! command -v "$nvcc" > /dev/null; then
+    echo "build.sh: there is no $nvcc; name a CUDA 11 compiler in NVCC (on a server the role cuda_toolkit sets one up)." >&2
+    exit 1
+fi
 mkdir -p "$out"
 
 release=$("$nvcc" --version | sed -n 's/.*release \([0-9]*\)\..*/\1/p')

@@ -1,219 +1,289 @@
-"""Predicted times of our kernels on a K80 die, for the layers of 7B and 13B models.
+#!/usr/bin/env python3
+"""Says what each kernel costs on a K80: registers, spills, shared memory, instructions, occupancy.
 
-    python tools/kernels_report.py [REPORT.json] [--quick]
+    kernels_report.py [--json] [--nvcc NVCC] [FAT_BINARY]
 
-Compiles csrc/ and a naive kernel (benchmarks/naive_gemv.cu) for sm_37, simulates them (smx.py),
-prints a table and the model's error on the only public measurements, and writes the report: a
-list of {kernel, n, k, m, group, predicted_us, predicted_us_tex32, dram_bound_us, registers, spills,
-occupancy, instructions_per_weight}. predicted_us_tex32 has the read-only cache's bandwidth
-halved, the model's least certain setting. Needs nvcc and cuobjdump of CUDA 11 and numpy.
-
-Exit status 1 if a kernel spills registers or is slower than tools/kernels_baseline.json says by
-more than 3 %. Every time is a prediction; nothing here was measured.
+Compiles csrc with a CUDA 11 compiler (without FAT_BINARY) and reads the code for sm_37 with
+cuobjdump. Needs no GPU and nothing but Python 3.9, so that it runs on a server as it is.
 """
 
+from __future__ import annotations
+
+import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import smx
+BUILD = Path(__file__).resolve().parent.parent / "csrc" / "build.sh"
+# After $NVCC and before what PATH finds. The first is where the role cuda_toolkit unpacks it.
+PLACES = ("/opt/vllm-k80/cuda/bin/nvcc", "/usr/local/cuda-11.*/bin/nvcc", "/usr/bin/nvcc")
 
-SOURCE = Path(__file__).parent.parent
-BASELINE = Path(__file__).parent / "kernels_baseline.json"
-ALLOWED_GROWTH = 1.03
-SHAPES_7B = ((4096, 4096), (11008, 4096), (4096, 11008))
-SHAPES_13B = ((5120, 5120), (13824, 5120), (5120, 13824))
-# The vllm37 project's INT4 prototype (group 128) on a real die, CUDA 11.4, in microseconds: our
-# naive kernel has its structure.
-MEASURED_US = {(4096, 4096): 209.1, (11008, 4096): 407.3, (4096, 11008): 757.9}
-
-
-@dataclass
-class Compiled:
-    """A kernel's machine code and what it needs."""
-
-    sass: str
-    constants: bytes
-    registers: int
-    shared_bytes: int
-    stack_bytes: int
+# A multiprocessor of the GK210 and what it allocates by: table "Technical Specifications per
+# Compute Capability" (3.7) of the CUDA C++ Programming Guide 11.8, and its cuda_occupancy.h.
+WARP = 32
+WARPS = 64
+BLOCKS = 16
+REGISTERS = 128 * 1024
+REGISTERS_PER_BLOCK = 64 * 1024
+REGISTERS_PER_THREAD = 255
+REGISTER_UNIT = 256  # of a warp
+SCHEDULERS = 4  # each has a quarter of the registers and of the warps
+SHARED = 112 * 1024
+SHARED_PER_BLOCK = 48 * 1024
+SHARED_UNIT = 256
+# For a kernel that does not say how many threads a block has (__launch_bounds__).
+THREADS = 256
 
 
-@dataclass
-class Case:
-    """A launch to predict: rows n, columns k, rows of x m, bytes that it must read or write."""
-
-    kernel: str
-    n: int
-    k: int
-    m: int
-    launch: smx.Launch
-    least_bytes: float
-    group: int  # columns that share a scale, 0 for none
+class ReportError(Exception):
+    """Why there is no report; the text is for the user."""
 
 
-def _cuobjdump(binary: Path, *options: str) -> str:
-    command = ["cuobjdump", *options, str(binary)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
+def run(*command: str | Path) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ReportError(f"{command[0]} does not run: {error.strerror}.") from None
+    if done.returncode != 0:
+        raise ReportError(
+            f"{' '.join(map(str, command))} failed: {(done.stderr or done.stdout).strip()}"
+        )
+    return done.stdout
 
 
-def compiled(binary: Path) -> dict[str, Compiled]:
-    """The kernels in a fat binary, by name."""
-    sass, elf = _cuobjdump(binary, "-sass"), _cuobjdump(binary, "-elf")
-    pools = {
-        name: b"".join(int(word, 16).to_bytes(4, "little") for word in words.split())
-        for name, words in re.findall(r"\.nv\.constant2\.(\w+)\n((?:0x[0-9a-f]+\s*)+)", elf)
-    }
-    use = re.findall(
-        r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", _cuobjdump(binary, "-res-usage")
+# ---- the compiler
+
+
+def release(nvcc: str) -> str:
+    found = re.search(r"release (\d+\.\d+)", run(nvcc, "--version"))
+    return found[1] if found else "unknown"
+
+
+def find_nvcc(named: str | None, places: tuple[str, ...] = PLACES) -> tuple[str, str]:
+    """The compiler and its release: the one that was named, or the first of CUDA 11."""
+    if named:
+        candidates = [named]
+    else:
+        globs = [sorted(Path("/").glob(place[1:]), reverse=True) for place in places]
+        candidates = [str(path) for found in globs for path in found]
+        candidates += filter(None, [shutil.which("nvcc")])
+    others = []
+    for nvcc in candidates:
+        number = release(nvcc)
+        if number.startswith("11."):
+            return nvcc, number
+        others.append(f"{nvcc} is of CUDA {number}, which does not know the K80")
+    raise ReportError(
+        f"{'; '.join(dict.fromkeys(others)) or 'There is no nvcc here'}. Install a CUDA 11 "
+        "compiler (11.8 is the last that knows the card; Debian 12 has it as nvidia-cuda-toolkit, "
+        "the role cuda_toolkit sets one up on a server), or name one with NVCC=/path/to/nvcc."
     )
+
+
+def compile_kernels(nvcc: str, directory: str) -> Path:
+    environment = dict(os.environ, NVCC=nvcc)
+    done = subprocess.run(
+        ["sh", BUILD, directory], env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise ReportError(f"The kernels do not compile: {done.stderr.strip()}")
+    return Path(directory) / "vllm_k80.fatbin"
+
+
+# ---- what cuobjdump prints
+
+
+def parts(dump: str, kind: str) -> str:
+    """Of a dump of a fat binary, the members of one kind (elf, ptx) that are for sm_37."""
+    members = re.split(r"^Fatbin (\w+) code:\n=+\n", dump, flags=re.MULTILINE)
+    return "".join(
+        text
+        for name, text in zip(members[1::2], members[2::2])  # noqa: B905
+        if name == kind and re.match(r"arch = sm_37$", text, re.MULTILINE)
+    )
+
+
+def resources(dump: str) -> dict[str, dict[str, int]]:
+    """From --dump-resource-usage: of each kernel, its registers, stack and shared memory."""
     return {
-        name: Compiled(sass, pools.get(name, b""), int(registers), int(shared), int(stack))
-        for name, registers, stack, shared in use
+        name: {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+        for name, usage in re.findall(r"^ Function (\w+):\n(.*)$", parts(dump, "elf"), re.MULTILINE)
     }
 
 
-def build(directory: Path) -> dict[str, Compiled]:
-    """All kernels, compiled into ``directory``."""
-    subprocess.run(["sh", str(SOURCE / "csrc" / "build.sh"), str(directory)], check=True)
-    naive = directory / "naive.fatbin"
-    command = [os.environ.get("NVCC", "nvcc"), "-O3", "-std=c++14", "-Wno-deprecated-gpu-targets"]
-    command += ["-gencode", "arch=compute_37,code=sm_37", "-fatbin", "-o", str(naive)]
-    subprocess.run([*command, str(SOURCE / "benchmarks" / "naive_gemv.cu")], check=True)
-    return compiled(directory / "vllm_k80.fatbin") | compiled(naive)
+def instructions(dump: str) -> dict[str, Counter[str]]:
+    """From -sass: of each kernel, how often each instruction is in it, padding left out."""
+    kernels: dict[str, Counter[str]] = {}
+    counts: Counter[str] = Counter()
+    for line in parts(dump, "elf").splitlines():
+        if function := re.match(r"\s+Function : (\w+)", line):
+            counts = kernels.setdefault(function[1], Counter())
+        elif found := re.match(r"\s+/\*([0-9a-f]+)\*/\s+(?:@!?\w+ )?([A-Z]\w*)(\S*)(.*?);", line):
+            address, name, modifiers, operands = found.groups()
+            # The end of a function is a jump to itself, and then plain NOPs.
+            loops = name == "BRA" and operands.split() == [f"0x{int(address, 16):x}"]
+            if not loops and (name, modifiers) != ("NOP", ""):
+                counts[name] += 1
+    return kernels
 
 
-def gemv(kernels: dict[str, Compiled], kind: str, n: int, k: int, m: int, group: int = 128) -> Case:
-    """A gemv of csrc/gemv.cu: ``kind`` is w4_f16, w8_f16 and so on, or f16."""
-    name = f"gemv_{kind}_m{m}"
-    blocks = -(-n // (64 if m == 8 and kind != "f16" else 32))  # csrc/gemv.cu: rows a block
-    bits = {"w4": 4, "w8": 8, "f1": 16}[kind[:2]]
-    weight = n * k * bits // 8
-    scales = 0 if kind == "f16" else n * k // group * (4 if kind.endswith("32") else 2)
-    buffers: list[int | smx.Pointer] = [smx.Pointer(weight)]
-    shift: list[int | smx.Pointer] = []
-    if kind != "f16":
-        buffers += [smx.Pointer(scales)] * (2 if bits == 4 else 1)
-        shift = [(group * bits // 128).bit_length() - 1]
-    x_and_y = [smx.Pointer(4 * k * m), smx.Pointer(0), smx.Pointer(4 * n * m)]
-    launch = smx.Launch(
-        (1, blocks) if m == 8 else (blocks, 1),
-        256,
-        [*buffers, *x_and_y, n, k, *shift, m, 0],
-        kernels[name].registers,
-        kernels[name].shared_bytes,
-        kernels[name].constants,
+def launch_bounds(dump: str) -> dict[str, int]:
+    """From -ptx: of each kernel that says so, the most threads that a block may have."""
+    bounds = {}
+    for name, directives in re.findall(
+        r"\.entry\s+(\w+)\s*(?:\([^)]*\))?([^{]*)\{", parts(dump, "ptx")
+    ):
+        if found := re.search(r"\.maxntid\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", directives):
+            x, y, z = (int(number or 1) for number in found.groups())
+            bounds[name] = x * y * z
+    return bounds
+
+
+# ---- the report
+
+
+def occupancy(threads: int, registers: int, shared: int) -> tuple[int, list[str]]:
+    """Blocks that a multiprocessor holds at once, and what limits them."""
+
+    def up(number: int, unit: int) -> int:
+        return -(-number // unit) * unit
+
+    warps = -(-threads // WARP)
+    per_warp = up(registers * WARP, REGISTER_UNIT)
+    # The hardware counts a block's registers as if it had warps on every scheduler alike.
+    fits = (
+        registers <= REGISTERS_PER_THREAD
+        and per_warp * up(warps, SCHEDULERS) <= REGISTERS_PER_BLOCK
     )
-    least = weight + scales * (2 if bits == 4 else 1) + 4 * m * (n + k)
-    return Case(name, n, k, m, launch, least, 0 if kind == "f16" else group)
-
-
-def naive(kernels: dict[str, Compiled], n: int, k: int) -> Case:
-    """The naive kernel."""
-    sizes = (n * k // 2, n * k // 32, n * k // 32, 4 * k, 4 * n)
-    used = kernels["naive_gemv_w4"]
-    # The prototype stages as much of x as there is; ours reserves the largest.
-    launch = smx.Launch(
-        (-(-n // 8), 1), 256, [*map(smx.Pointer, sizes), n, k], used.registers, 4 * k
-    )
-    launch.constants = used.constants
-    return Case("naive_gemv_w4", n, k, 1, launch, sum(sizes), 128)
-
-
-def predict(kernels: dict[str, Compiled], case: Case) -> dict[str, Any]:
-    """One line of the report."""
-    used = kernels[case.kernel]
-    first = smx.simulate(used.sass, case.kernel, case.launch)
-    halved = smx.SETTINGS | {"texture_bytes": smx.SETTINGS["texture_bytes"] / 2}
-    second = smx.simulate(used.sass, case.kernel, case.launch, halved)
-    weights_an_smx = case.n * case.k / smx.SETTINGS["smx"]
-    return {
-        "kernel": case.kernel,
-        "n": case.n,
-        "k": case.k,
-        "m": case.m,
-        "group": case.group,
-        "predicted_us": round(first.microseconds, 1),
-        "predicted_us_tex32": round(second.microseconds, 1),
-        "dram_bound_us": round(case.least_bytes / smx.SETTINGS["dram_gb_s"] / 1e3, 1),
-        "registers": used.registers,
-        "spills": used.stack_bytes,
-        "occupancy": round(first.warps * 32 / smx.SETTINGS["threads"], 2),
-        "instructions_per_weight": round(first.instructions * 32 / weights_an_smx, 2),
+    limits = {
+        "registers": REGISTERS // SCHEDULERS // per_warp * SCHEDULERS // warps if fits else 0,
+        "warps": WARPS // warps,
+        "blocks": BLOCKS,
     }
+    if shared:
+        limits["shared memory"] = (
+            SHARED // up(shared, SHARED_UNIT) if shared <= SHARED_PER_BLOCK else 0
+        )
+    blocks = min(limits.values())
+    return blocks, [name for name, limit in limits.items() if limit == blocks]
 
 
-def cases(kernels: dict[str, Compiled], quick: bool) -> list[Case]:
-    """What is predicted. ``quick`` leaves out all but a 4096 x 4096 layer."""
-    shapes = SHAPES_7B[:1] if quick else SHAPES_7B + SHAPES_13B
-    chosen = [gemv(kernels, "w4_f16", n, k, 1) for n, k in shapes]
-    chosen += [gemv(kernels, kind, n, k, 1) for kind in ("w8_f16", "f16") for n, k in shapes[:3]]
-    if not quick:
-        chosen += [
-            gemv(kernels, kind, 4096, 4096, m)
-            for kind in ("w4_f16", "w8_f16", "f16")
-            for m in (2, 4, 8)
-        ]
-        chosen += [gemv(kernels, kind, 4096, 4096, 1, 32) for kind in ("w4_f16", "w4_f32")]
-        chosen += [naive(kernels, n, k) for n, k in SHAPES_7B]
-    return chosen
+def report(usage: str, sass: str, ptx: str) -> list[dict[str, Any]]:
+    """One entry a kernel, from what cuobjdump printed of one fat binary."""
+    counts, bounds = instructions(sass), launch_bounds(ptx)
+    kernels = []
+    for name, used in sorted(resources(usage).items()):
+        threads = bounds.get(name, THREADS)
+        blocks, limits = occupancy(threads, used["REG"], used["SHARED"])
+        kernels.append(
+            {
+                "kernel": name,
+                "registers": used["REG"],
+                "stack_bytes": used["STACK"],
+                "local_loads_and_stores": counts[name]["LDL"] + counts[name]["STL"],
+                "shared_bytes": used["SHARED"],
+                "instructions": sum(counts[name].values()),
+                "by_opcode": dict(counts[name].most_common()),
+                "threads_per_block": threads,
+                "threads_are_declared": name in bounds,
+                "blocks_per_multiprocessor": blocks,
+                "occupancy": blocks * -(-threads // WARP) / WARPS,
+                "limited_by": limits,
+            }
+        )
+    if not kernels:
+        raise ReportError("There is no kernel for sm_37 in it.")
+    return kernels
+
+
+def table(kernels: list[dict[str, Any]]) -> str:
+    head = (
+        "kernel",
+        "registers",
+        "spills",
+        "shared",
+        "instructions",
+        "threads",
+        "blocks",
+        "occupancy",
+        "limited by",
+    )
+    rows = [
+        (
+            each["kernel"],
+            each["registers"],
+            each["local_loads_and_stores"],
+            each["shared_bytes"],
+            each["instructions"],
+            f"{each['threads_per_block']}{'' if each['threads_are_declared'] else '?'}",
+            each["blocks_per_multiprocessor"],
+            f"{each['occupancy']:.0%}",
+            ", ".join(each["limited_by"]),
+        )
+        for each in kernels
+    ]
+    cells = [[str(cell) for cell in row] for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells)]  # noqa: B905
+    ends = (0, len(head) - 1)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if index in ends else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths))  # noqa: B905
+        ).rstrip()
+        for row in cells
+    )
+
+
+EXPLANATION = """\
+Of each kernel's code for sm_37: registers of a thread; spills: loads and stores of local memory;
+shared: bytes a block, without what a launch adds; instructions: in the code, not executed. Blocks
+of that many threads (?: not declared, assumed) that a multiprocessor holds at once, and the share
+of its 64 warps that they fill."""
 
 
 def main() -> int:
-    """Compile, simulate, print, write and compare."""
-    quick = "--quick" in sys.argv
-    paths = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
-    with tempfile.TemporaryDirectory() as directory:
-        kernels = build(Path(directory))
-    report, wrong = [], []
-    columns = (
-        "kernel",
-        "n",
-        "k",
-        "m",
-        "group",
-        "predicted",
-        "tex32",
-        "bound",
-        "regs",
-        "occ.",
-        "instr/w",
+    parser = argparse.ArgumentParser(
+        description="Says what each kernel costs on a K80, from its code. Needs no GPU."
     )
-    print("Predicted microseconds on one K80 die (simulated, not measured):")
-    print("{:18} {:>6} {:>6} {:>2} {:>5} {:>9} {:>7} {:>7} {:>4} {:>5} {:>7}".format(*columns))
-    baseline = json.loads(BASELINE.read_text())
-    for case in cases(kernels, quick):
-        line = predict(kernels, case)
-        report.append(line)
-        print(
-            "{kernel:18} {n:>6} {k:>6} {m:>2} {group:>5} {predicted_us:>9} {predicted_us_tex32:>7} "
-            "{dram_bound_us:>7} {registers:>4} {occupancy:>5} "
-            "{instructions_per_weight:>7}".format(**line),
-            flush=True,
+    parser.add_argument(
+        "binary", nargs="?", type=Path, metavar="FAT_BINARY", help="default: compile csrc"
+    )
+    parser.add_argument(
+        "--nvcc", default=os.environ.get("NVCC"), help="a CUDA 11 compiler (or NVCC)"
+    )
+    parser.add_argument("--json", action="store_true", help="for programs")
+    arguments = parser.parse_args()
+    try:
+        nvcc, number = find_nvcc(arguments.nvcc)
+        beside = Path(shutil.which(nvcc) or nvcc).with_name("cuobjdump")
+        with tempfile.TemporaryDirectory() as directory:
+            binary = arguments.binary or compile_kernels(nvcc, directory)
+            if not binary.is_file():
+                raise ReportError(f"{binary} is not there.")
+            dumps = [
+                run(beside, option, binary) for option in ("--dump-resource-usage", "-sass", "-ptx")
+            ]
+            kernels = report(*dumps)
+    except ReportError as error:
+        print(f"kernels-report: {error}", file=sys.stderr)
+        return 1
+    if arguments.json:
+        print(json.dumps({"nvcc": nvcc, "cuda": number, "kernels": kernels}, indent=2))
+    else:
+        made = (
+            f"{arguments.binary}"
+            if arguments.binary
+            else f"csrc, compiled by {nvcc} (CUDA {number})"
         )
-        key = f"{case.kernel} n={case.n} k={case.k} m={case.m} group={case.group}"
-        limit = baseline.get(key, line["predicted_us"]) * ALLOWED_GROWTH
-        if line["predicted_us"] > limit:
-            wrong.append(f"{key}: {line['predicted_us']} us, was {baseline[key]}")
-        if line["spills"]:
-            wrong.append(f"{case.kernel} spills {line['spills']} bytes")
-        if case.kernel == "naive_gemv_w4":
-            measured = MEASURED_US[case.n, case.k]
-            ratio = line["predicted_us"] / measured
-            print(f"{'':18} a prototype of its structure, measured: {measured}; ratio {ratio:.2f}")
-    if paths:
-        Path(paths[0]).parent.mkdir(parents=True, exist_ok=True)
-        Path(paths[0]).write_text(json.dumps(report, indent=1) + "\n")
-    for line in wrong:
-        print(f"kernels_report: {line}", file=sys.stderr)
-    return 1 if wrong else 0
+        print(f"{made}:\n\n{table(kernels)}\n\n{EXPLANATION}")
+    return 0
 
 
 if __name__ == "__main__":

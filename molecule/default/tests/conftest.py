@@ -13,11 +13,23 @@ import openai
 import pytest
 import testinfra
 import yaml
+from server_report import reporting
 from testinfra.host import Host
 
 SERVER = "k80-molecule"
 ROOT = Path(__file__).resolve().parents[3]
 HOST_VARS = ROOT / ".config" / "molecule" / "host_vars" / f"{SERVER}.yml"
+
+pytest_runtest_makereport = reporting(
+    SERVER,
+    {
+        "containers": "docker ps --all",
+        "units": "systemctl list-units --all --no-pager 'vllm-k80-*' docker haproxy",
+        # Without the lines that say nothing: checks that succeeded, and vLLM's list of routes.
+        "journal": "journalctl --no-pager -u 'vllm-k80-*' -u docker -u haproxy --since -10min"
+        " | grep -vE 'GET /ready|Route: |IPv6|ignoring event' | tail -n 100",
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -150,26 +162,3 @@ def ask(client: openai.OpenAI) -> Callable[..., str]:
         return completion.choices[0].message.content or ""
 
     return ask
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item,
-) -> Iterator[None]:
-    """With every failure comes what the server has to say about it."""
-    report = yield
-    if report.failed:
-        host = testinfra.get_host(f"docker://{SERVER}")
-        for title, command in (
-            ("containers", "docker ps --all"),
-            ("units", "systemctl list-units --all --no-pager 'vllm-k80-*' docker haproxy"),
-            # Without the lines that say nothing: checks that succeeded, and vLLM's list of routes.
-            (
-                "journal",
-                "journalctl --no-pager -u 'vllm-k80-*' -u docker -u haproxy --since -10min"
-                " | grep -vE 'GET /ready|Route: |IPv6|ignoring event' | tail -n 100",
-            ),
-        ):
-            result = host.run(command)
-            report.sections.append((f"{title} of {SERVER}", result.stdout + result.stderr))
-    return report

@@ -9,14 +9,18 @@ one, write it below the others:
         if host.facts["swaptotal_mb"]:
             yield "swap is on; turn it off with swapoff -a and remove it from /etc/fstab."
 
+A sentence is a finding, which stops everything; a `Warn(sentence)` is told as
+clearly and stops nothing.
+
 Checks see the values that the roles will see: the inventory's, else the roles'
-defaults. They change nothing.
+defaults; and what the module k80_host saw on the host. They change nothing.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,11 +29,21 @@ from typing import Any
 from ansible.errors import AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.module_utils.errors import UnsupportedError
+from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
 from ansible.plugins.loader import module_loader
 
 Check = Callable[["Host"], Iterator[str]]
 CHECKS: list[tuple[str, Check]] = []
+
+# The last branch of NVIDIA's driver that knows the K80.
+DRIVER_BRANCH = 470
+
+
+class Warn(str):
+    """A sentence that stops nothing."""
+
+    __slots__ = ()
 
 
 def check(group: str) -> Callable[[Check], Check]:
@@ -48,6 +62,11 @@ class Role:
         self.options = load(path / "meta/argument_specs.yml")["argument_specs"]["main"]["options"]
         defaults = path / "defaults/main.yml"
         self.defaults = (load(defaults) if defaults.exists() else None) or {}
+
+
+def load_roles(directory: Path, load: Callable[[Path], Any]) -> list[Role]:
+    specs = sorted(directory.glob("*/meta/argument_specs.yml"))
+    return [Role(spec.parent.parent, load) for spec in specs]
 
 
 class Host:
@@ -71,9 +90,9 @@ class Host:
         self.groups = {*variables["group_names"], "k80"}
         # What is wrong with models, by their names; found on the server.
         self.model_faults: dict[str, str] = {}
+        # What k80_host saw there.
+        self.seen: dict[str, Any] = {}
         self.facts: dict[str, Any] = variables["ansible_facts"]
-        self.dies: list[dict[str, Any]] = self["__preflight_dies"]
-        self.space = {entry["path"]: entry for entry in self["__preflight_space"]}
 
         mine = [name for group in self.groups for name in self["__preflight_roles"].get(group, [])]
         self.roles = [role for role in all_roles if role.name in mine]
@@ -88,6 +107,64 @@ class Host:
         except (KeyError, AnsibleError):
             return type_()
         return value if isinstance(value, type_) else type_()
+
+    def is_true(self, variable: str) -> bool:
+        """A switch; one that no role has is off."""
+        try:
+            return boolean(self[variable], strict=False)
+        except (KeyError, AnsibleError, TypeError):
+            return False
+
+    def saw(self, probe: str, name: str, default: Any = None) -> Any:
+        """What a probe saw; the default where it could not see."""
+        return self.seen.get(probe, {}).get(name, default)
+
+    @property
+    def dies(self) -> list[dict[str, Any]]:
+        return self.seen.get("dies", [])
+
+    @property
+    def space(self) -> dict[str, dict[str, Any]]:
+        """Free space by path; of no path where the host could not say."""
+        return {entry["path"]: entry for entry in self.seen.get("space", [])}
+
+    def serving_paths(self) -> list[str]:
+        """What is there once the host serves, by its groups."""
+        return [p for group, p in self["__preflight_serving_paths"].items() if group in self.groups]
+
+    @property
+    def serves(self) -> bool:
+        return all(
+            path in self.space and self.space[path]["exists"] for path in self.serving_paths()
+        )
+
+    @property
+    def gets_driver(self) -> bool:
+        """Whether the role nvidia_driver installs one here."""
+        return self.get("nvidia_driver_source", str) not in ("", "none")
+
+    @property
+    def runs_own_kernel(self) -> bool:
+        """Whether the running kernel is the one that loads the driver: not so in a container."""
+        return self.is_true("nvidia_driver_load_module")
+
+    def kernels(self) -> list[dict[str, Any]]:
+        """The kernels that the driver has to be built for, the running one included."""
+        kernels = self.seen.get("kernels", [])
+        running = self.facts["kernel"]
+        if self.runs_own_kernel and running not in {kernel["version"] for kernel in kernels}:
+            # Whether it has headers is no question: it is not installed any more.
+            kernels = [*kernels, {"version": running, "realtime": False, "headers": True}]
+        return kernels
+
+    def remove_package(self, *names: str) -> str:
+        """The command by which an administrator removes packages."""
+        tool = "dnf remove" if self.facts.get("os_family") == "RedHat" else "apt-get purge"
+        return f"{tool} {' '.join(names)}"
+
+    def remove_kernel(self, version: str) -> str:
+        kind = "kernel*" if self.facts.get("os_family") == "RedHat" else "linux-*"
+        return self.remove_package(f"'{kind}-{version}'")
 
     def instances(self) -> list[dict[str, Any]]:
         """The instances that the inventory wants here; else one per die."""
@@ -128,6 +205,17 @@ class Host:
 
 
 @check("k80")
+def everything_could_be_read(host: Host) -> Iterator[str]:
+    for probe, reason in host.seen["silent"].items():
+        sentence = (
+            f"its {probe} could not be read ({reason}); look for a broken file or a file system"
+            " that no longer answers."
+        )
+        # Without dies or space nothing can be planned.
+        yield sentence if probe in ("dies", "space") else Warn(sentence)
+
+
+@check("k80")
 def distribution_is_supported(host: Host) -> Iterator[str]:
     found = f"{host.facts['distribution']} {host.facts['distribution_major_version']}"
     supported = host["preflight_distributions"]
@@ -147,12 +235,13 @@ def architecture_is_x86_64(host: Host) -> Iterator[str]:
         )
 
 
+def major_minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
 @check("k80_servers")
 def kernel_is_recent_enough(host: Host) -> Iterator[str]:
-    def version(text: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
-
-    if version(host.facts["kernel"]) < version(host["preflight_kernel_min"]):
+    if major_minor(host.facts["kernel"]) < major_minor(host["preflight_kernel_min"]):
         yield (
             f"its kernel {host.facts['kernel']} is older than {host['preflight_kernel_min']}"
             " (preflight_kernel_min); boot the distribution's own kernel."
@@ -170,11 +259,11 @@ def systemd_runs(host: Host) -> Iterator[str]:
 
 @check("k80_servers")
 def has_dies(host: Host) -> Iterator[str]:
-    if not host.dies:
+    if not host.dies and "dies" in host.seen:
+        devices = Path(host["preflight_root"]) / "sys/bus/pci/devices"
         yield (
-            f"there is no Tesla K80 in its PCI tree ({host['preflight_sysfs_root']}/bus/pci/devices"
-            ", 10de:102d); check that the card is seated and powered, or take the host out of"
-            " k80_servers."
+            f"there is no Tesla K80 in its PCI tree ({devices}, 10de:102d); check that the card is"
+            " seated and powered, or take the host out of k80_servers."
         )
 
 
@@ -193,10 +282,11 @@ def memory_suffices(host: Host) -> Iterator[str]:
 @check("k80_servers")
 def disk_suffices(host: Host) -> Iterator[str]:
     # Each path names what it needs, and paths on one filesystem share its space.
-    serving = host.space[host["__preflight_serving_path"]]["exists"]
+    serving = host.serves
     filesystems = defaultdict(list)
     for path in host["preflight_disk_free_gb"]:
-        filesystems[host.space[path]["filesystem"]].append(path)
+        if path in host.space:
+            filesystems[host.space[path]["filesystem"]].append(path)
     for paths in filesystems.values():
         free = host.space[paths[0]]["free_bytes"] / 1e9
         first = sum(host["preflight_disk_free_gb"][path] for path in paths)
@@ -207,6 +297,269 @@ def disk_suffices(host: Host) -> Iterator[str]:
                 f"{free:.0f} GB are free for {' and '.join(paths)}, but {needed} GB are needed"
                 f" ({variable}); free some or mount a larger disk there."
             )
+
+
+@check("k80_servers")
+def dies_have_memory(host: Host) -> Iterator[str]:
+    dies = host.saw("pci", "without_memory", [])
+    if dies:
+        yield (
+            f"the BIOS gave no address to the memory of {dies_named(dies)} (BAR1, 16 GB); turn on"
+            " 'Above 4G Decoding' in its setup (docs/hardware.md)."
+        )
+
+
+def dies_named(addresses: list[str]) -> str:
+    return f"die{'s' * (len(addresses) > 1)} {', '.join(addresses)}"
+
+
+def link(width: float | None, speed: float | None) -> str:
+    """A PCIe link as people write it: x16 gen 3."""
+    generation = {2.5: 1, 5.0: 2, 8.0: 3}.get(speed or 0, "?")
+    return f"x{width:.0f} gen {generation}" if width else f"gen {generation}"
+
+
+@check("k80_servers")
+def links_are_as_wide_and_fast_as_they_can(host: Host) -> Iterator[str]:
+    for state in host.saw("pci", "links", []):
+        narrow = state["width"] and state["max_width"] and state["width"] < state["max_width"]
+        # A die without work slows its link down by itself; the board's switch does not.
+        slow = state["board"] and (state["speed"] or 0) < (state["max_speed"] or 0)
+        if narrow or slow:
+            what, where = ("board", "the slot") if state["board"] else ("die", "its board's switch")
+            now = link(state["width"], state["speed"])
+            best = link(state["max_width"], state["max_speed"])
+            if not state["board"]:
+                now, best = f"x{state['width']:.0f}", f"x{state['max_width']:.0f}"
+            yield Warn(
+                f"the PCIe link of {what} {state['address']} to {where} is {now}, not {best}, which"
+                " slows the loading of models and instances of several dies; reseat the card, or"
+                " give it a slot with all lanes (docs/hardware.md)."
+            )
+
+
+@check("k80_servers")
+def dies_reach_each_other(host: Host) -> Iterator[str]:
+    """What stands between dies of one instance; a die alone speaks to none."""
+    peers = host.saw("pci", "peers", {})
+    for instance in host.instances():
+        dies = [die for die in instance["dies"] if die in peers]
+        if len(dies) < 2:
+            continue
+        translated = [die for die in dies if peers[die]["iommu"].startswith("DMA")]
+        if translated:
+            yield Warn(
+                f"instance '{instance['name']}' has several dies, and the IOMMU translates the"
+                f" addresses of {dies_named(translated)}, with which NVIDIA does not support copies"
+                " between dies; boot with iommu=pt (docs/hardware.md)."
+            )
+        bridges = sorted({bridge for die in dies for bridge in peers[die]["acs"]})
+        if bridges:
+            yield Warn(
+                f"instance '{instance['name']}' has several dies, and access control (ACS) on"
+                f" {', '.join(bridges)} sends what they tell each other through the processor,"
+                " which is slower; turn ACS off in the BIOS setup (docs/hardware.md)."
+            )
+
+
+# --- Kernels and drivers ----------------------------------------------------
+
+# What a distribution's own kernel is, where the driver builds on it.
+OWN_KERNELS = {
+    "Debian 11": "linux-image-amd64, 5.10",
+    "Debian 12": "linux-image-amd64, 6.1",
+    "Ubuntu 22": "linux-image-generic, 5.15",
+    "Ubuntu 24": "linux-image-generic, 6.8",
+    "RedHat 9": "kernel, 5.14",
+}
+
+
+def kernel_advice(host: Host) -> str:
+    """Which kernels work, and the distribution's own among them."""
+    major = host.facts["distribution_major_version"]
+    families = (host.facts["distribution"], host.facts.get("os_family"))
+    own = [OWN_KERNELS[f"{f} {major}"] for f in families if f"{f} {major}" in OWN_KERNELS]
+    range_ = f"{host['preflight_kernel_min']} to {host['nvidia_driver_kernel_max']}"
+    return f"{range_}, such as {own[0]}" if own else range_
+
+
+@check("k80_servers")
+def kernels_can_have_the_driver(host: Host) -> Iterator[str]:
+    if not host.gets_driver:
+        return
+    running = host.facts["kernel"] if host.runs_own_kernel else ""
+    newest = major_minor(host["nvidia_driver_kernel_max"])
+    for kernel in host.kernels():
+        version = kernel["version"]
+        is_running = version == running
+        is_realtime = kernel["realtime"] or (is_running and host.saw("system", "realtime"))
+        if major_minor(version) > newest:
+            fault = (
+                f"newer than {host['nvidia_driver_kernel_max']} (nvidia_driver_kernel_max), the"
+                f" newest that driver {DRIVER_BRANCH} builds on"
+            )
+        elif is_realtime:
+            fault = f"a PREEMPT_RT one, which driver {DRIVER_BRANCH} does not build on"
+        else:
+            continue
+        works, remove = kernel_advice(host), host.remove_kernel(version)
+        if is_running:
+            remedy = f"boot and hold one that works ({works}), then remove this one with {remove}"
+        else:
+            remedy = f"remove it with {remove}, and hold one that works ({works})"
+        which = "running" if is_running else "installed"
+        yield f"its {which} kernel {version} is {fault}; {remedy}."
+
+
+@check("k80_servers")
+def kernels_have_headers(host: Host) -> Iterator[str]:
+    if not host.gets_driver:
+        return
+    for kernel in host.kernels():
+        # Where it is not known, the installation will tell.
+        if not kernel["headers"] and kernel["headers_available"] is False:
+            yield (
+                f"the headers of its kernel {kernel['version']} are neither installed nor in its"
+                f" package lists, so no driver can be built for it; boot the newest that fits"
+                f" ({kernel_advice(host)}) and remove this one with"
+                f" {host.remove_kernel(kernel['version'])}."
+            )
+
+
+@check("k80_servers")
+def running_kernel_is_installed(host: Host) -> Iterator[str]:
+    installed = [kernel["version"] for kernel in host.seen.get("kernels", [])]
+    running = host.facts["kernel"]
+    if host.gets_driver and host.runs_own_kernel and installed and running not in installed:
+        yield (
+            f"its running kernel {running} is not installed any more, so no driver can be built for"
+            f" it; reboot into one that is ({', '.join(installed)})."
+        )
+
+
+@check("k80_servers")
+def secure_boot_lets_the_driver_in(host: Host) -> Iterator[str]:
+    is_on = host.saw("system", "secure_boot")
+    refuses = host.get("nvidia_driver_secure_boot", str) == "refuse"
+    if is_on and refuses and host.gets_driver and host.runs_own_kernel:
+        yield (
+            "Secure Boot is on, which refuses a driver that was built here; turn it off in the BIOS"
+            " setup, or set nvidia_driver_secure_boot to enroll and confirm the key at the console."
+        )
+
+
+def branch_of(name: str, version: str) -> int:
+    """The driver branch of a package or module; 0 where it has none."""
+    found = re.search(r"-(\d{3})(?=-|$)", name) or re.match(r"(?:\d+:)?(\d{3})\.\d", version)
+    return int(found.group(1)) if found else 0
+
+
+@check("k80_servers")
+def no_newer_driver_is_there(host: Host) -> Iterator[str]:
+    others = other_gpus(host)
+    advice = (
+        f"; a server has one NVIDIA driver, so take out either the K80s or {others}"
+        if others
+        else ""
+    )
+    newer = [
+        package
+        for package in host.seen.get("packages", [])
+        if branch_of(package["name"], package["version"]) > DRIVER_BRANCH
+    ]
+    if newer:
+        names = [package["name"] for package in newer]
+        from_runfile = names[0].startswith("/")
+        remedy = "nvidia-uninstall" if from_runfile else host.remove_package(*names)
+        yield (
+            f"a driver of a newer branch than {DRIVER_BRANCH}, which does not know the K80, is"
+            f" installed ({newer[0]['name']} {newer[0]['version']}); remove it with {remedy}, then"
+            f" reboot{advice}."
+        )
+    loaded = host.saw("system", "nvidia", "")
+    if host.runs_own_kernel and not newer and branch_of("", loaded) > DRIVER_BRANCH:
+        yield (
+            f"the loaded driver {loaded} is of a newer branch than {DRIVER_BRANCH} and does not"
+            f" know the K80; remove what brought it, then reboot{advice}."
+        )
+
+
+@check("k80_servers")
+def nouveau_is_out(host: Host) -> Iterator[str]:
+    if host.runs_own_kernel and host.saw("system", "nouveau"):
+        remedy = (
+            "role nvidia_driver keeps it out from the next boot on, which nvidia_driver_reboot"
+            " allows it to cause"
+            if host.gets_driver
+            else "blacklist it, renew the initramfs and reboot"
+        )
+        yield Warn(f"the driver nouveau is loaded and holds the cards; {remedy}.")
+
+
+def other_gpus(host: Host) -> str:
+    gpus = host.saw("pci", "others", [])
+    return ", ".join(f"{gpu['pci_address']} ({gpu['id']})" for gpu in gpus)
+
+
+@check("k80_servers")
+def other_gpus_are_left_alone(host: Host) -> Iterator[str]:
+    others = other_gpus(host)
+    if others:
+        yield Warn(
+            f"besides its K80s it has NVIDIA GPUs, which serve nothing here and run only if driver"
+            f" {DRIVER_BRANCH} knows them: {others}; take them out if another driver is wanted for"
+            " them."
+        )
+
+
+# --- Clock and network ------------------------------------------------------
+
+
+def duration(seconds: int) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} seconds"
+
+
+@check("k80")
+def clock_is_right(host: Host) -> Iterator[str]:
+    clock = host.seen.get("clock")
+    if not clock:
+        return
+    remedy = "; set it with timedatectl set-time and let systemd-timesyncd or chrony keep it."
+    now = time.strftime("%Y-%m-%d %H:%M", time.gmtime(clock["now"]))
+    if clock["now"] < clock["newest_release"]:
+        made = time.strftime("%Y-%m-%d %H:%M", time.gmtime(clock["newest_release"]))
+        yield (
+            f"its clock says {now} UTC, but its package lists were made on {made}, so that no"
+            f" certificate or signature can be trusted{remedy}"
+        )
+    elif abs(clock["ahead"]) > host["preflight_clock_tolerance"]:
+        way = "ahead of" if clock["ahead"] > 0 else "behind"
+        yield Warn(
+            f"its clock says {now} UTC, {duration(abs(clock['ahead']))} {way} this machine's"
+            f" (preflight_clock_tolerance), so that certificates and signatures may fail{remedy}"
+        )
+    elif clock["synchronised"] is False:
+        yield Warn(
+            "its clock is not synchronised, and certificates fail once it is wrong; install"
+            " systemd-timesyncd or chrony, or see what timedatectl says of it."
+        )
+
+
+@check("k80")
+def repositories_answer(host: Host) -> Iterator[str]:
+    for repository in host.seen.get("repositories", []):
+        if repository["error"]:
+            url = re.sub(r"//[^/@]*@", "//", repository["url"])  # a password is nobody's business
+            sentence = (
+                f"{url} cannot be had from it ({repository['error']}); correct its"
+                " network, its proxy or the source that names it (preflight_try_repositories:"
+                " false for no such check)."
+            )
+            # A server that serves already may need nothing of it.
+            yield Warn(sentence) if host.serves else sentence
 
 
 # --- The inventory ----------------------------------------------------------
@@ -392,8 +745,55 @@ def users_have_keys(host: Host) -> Iterator[str]:
                 yield f"{count} entries of gateway_api_keys have {which}; tell them apart."
 
 
+def role_repositories(host: Host) -> tuple[list[str], list[str]]:
+    """The directories of Release files and the URLs that the host's roles will fetch from.
+
+    A repository is a variable ROLE_repository or ROLE_repository_url, with its suite beside it
+    or in it; other URLs are in ROLE_…_url and ROLE_…_key. A variable that is named after a
+    choice of ROLE_source is used with that choice alone.
+    """
+    apt, urls = [], []
+    for role in host.roles:
+        source = host.get(f"{role.name}_source", str)
+        choices = role.options.get(f"{role.name}_source", {}).get("choices", [])
+        absent = host.get(f"{role.name}_state", str) == "absent"
+        if absent or source == "none" or role.name in host["__preflight_unused_roles"]:
+            continue
+        for name in role.options:
+            words = name.removeprefix(f"{role.name}_").split("_")
+            if words[0] in choices and words[0] != source:
+                continue
+            if re.search(r"_repository(_url)?$", name):
+                uri, suite = repository_of(host, name)
+                if not uri:
+                    continue
+                if host.facts.get("os_family") == "RedHat":
+                    urls.append(f"{uri}/repodata/repomd.xml")
+                else:
+                    below = suite if suite.endswith("/") else f"dists/{suite}"
+                    apt.append(f"{uri}/{below}".rstrip("/."))
+            elif words[-1] in ("url", "key") and host.get(name, str).startswith("http"):
+                urls.append(host.get(name, str))
+    return apt, urls
+
+
+def repository_of(host: Host, name: str) -> tuple[str, str]:
+    """Address and suite of a repository; its suite is a variable of its own or a key in it."""
+    whole = host.get(name, dict)
+    stem = name.removesuffix("_url")
+    suites = [f"{stem}_suite", f"{stem.removesuffix('_repository')}_suite"]
+    suite = whole.get("suite") or next(filter(None, (host.get(s, str) for s in suites)), "./")
+    return str(whole.get("uri") or host.get(name, str)).rstrip("/"), suite
+
+
+def told_of(host: Host) -> Iterator[str]:
+    for group, function in CHECKS:
+        if group in host.groups:
+            yield from function(host)
+
+
 class ActionModule(ActionBase):
-    """Returns the findings; a later task reports those of all hosts together."""
+    """Returns the findings and warnings; a later task reports those of all hosts together."""
 
     _supports_check_mode = True
 
@@ -409,17 +809,34 @@ class ActionModule(ActionBase):
 
         roles = Path(variables["role_path"]).parent
         module_loader.add_directory(str(roles / "vllm_model/library"))
-        specs = sorted(roles.glob("*/meta/argument_specs.yml"))
-        host = Host(variables, [Role(spec.parent.parent, load) for spec in specs], template)
+        host = Host(variables, load_roles(roles, load), template)
+        seen = self._see(host, variables)
+        if seen.get("failed"):
+            return seen
+        host.seen = seen
         if "k80_servers" in host.groups:
             host.model_faults = self._model_faults(host, variables)
-        findings = [
-            f"{host.name}: {sentence}"
-            for group, function in CHECKS
-            if group in host.groups
-            for sentence in function(host)
-        ]
-        return {"changed": False, "findings": findings}
+        told = list(told_of(host))
+        return {
+            "changed": False,
+            "dies": host.dies,
+            "findings": [f"{host.name}: {s}" for s in told if not isinstance(s, Warn)],
+            "cautions": [f"{host.name}: {s}" for s in told if isinstance(s, Warn)],
+        }
+
+    def _see(self, host: Host, variables: dict[str, Any]) -> dict[str, Any]:
+        """What the host says of itself."""
+        wanted = host["preflight_disk_free_gb"] if "k80_servers" in host.groups else {}
+        apt_repositories, urls = role_repositories(host)
+        arguments = {
+            "root": host["preflight_root"],
+            "space": [*wanted, *host.serving_paths()],
+            "repositories": host.is_true("preflight_try_repositories"),
+            "apt_repositories": apt_repositories,
+            "urls": urls,
+            "now": time.time(),
+        }
+        return self._execute_module("k80_host", arguments, task_vars=variables)
 
     def _model_faults(self, host: Host, variables: dict[str, Any]) -> dict[str, str]:
         """What the module that will put the models in place says against them."""

@@ -1,7 +1,8 @@
 """Builds the image on the server and tells, line by line, how far it is.
 
 The build is a transient systemd unit. It outlives a lost connection; the next run finds it and
-follows it to its end. The Dockerfile announces its steps with lines that begin with "== ".
+follows it to its end. The Dockerfile announces its steps with lines that begin with "== ", and so
+does the script that compiles the kernels on the server, where the image does not.
 """
 
 import base64
@@ -15,7 +16,7 @@ from ansible.utils.display import Display
 
 POLL_SECONDS = 3
 REMINDER_SECONDS = 60
-STEP = re.compile(r"^#\d+ +[\d.]+ == (.+)$", re.MULTILINE)
+STEP = re.compile(r"^(?:#\d+ +[\d.]+ )?== (.+)$", re.MULTILINE)
 # What BuildKit prints of each step, whether it matters or not.
 CHATTER = re.compile(r"#\d+ (sha256:|CACHED|DONE|\[)|\s*$")
 
@@ -31,6 +32,8 @@ class ActionModule(ActionBase):
                 "context": {"type": "str", "required": True},
                 "reference": {"type": "str", "required": True},
                 "build_args": {"type": "dict", "required": True},
+                "nvcc": {"type": "str", "default": ""},
+                "directory": {"type": "path", "required": True},
                 "log": {"type": "path", "required": True},
                 "timeout": {"type": "int", "required": True},
             }
@@ -63,9 +66,20 @@ class ActionModule(ActionBase):
         }
 
     def _start(self, unit, args):
-        context = self._connection._shell.join_path(self._make_tmp_path(), "context.tar.gz")
+        directory = self._make_tmp_path()
+        context = self._connection._shell.join_path(directory, "context.tar.gz")
         self._transfer_data(context, base64.b64decode(args["context"]))
-        build_args = [f"--build-arg={name}={value}" for name, value in args["build_args"].items()]
+        build = [
+            *("docker", "build", "--progress=plain", "--file=docker/Dockerfile"),
+            f"--tag={args['reference']}",
+            *(f"--build-arg={name}={value}" for name, value in args["build_args"].items()),
+        ]
+        if args["nvcc"]:
+            script = self._connection._shell.join_path(directory, "compile-and-build")
+            self._transfer_file(self._find_needle("files", "compile-and-build"), script)
+            build = ["sh", script, args["directory"], args["nvcc"], *build]
+        else:
+            build += ["-"]
         # What an earlier failure left; that there is none is no error.
         self._execute(["systemctl", "reset-failed", unit])
         self._command(
@@ -79,8 +93,7 @@ class ActionModule(ActionBase):
                 f"--property=RuntimeMaxSec={args['timeout']}",
                 "--setenv=DOCKER_BUILDKIT=1",
                 "--setenv=HOME=/root",
-                *("docker", "build", "--progress=plain", "--file=docker/Dockerfile"),
-                *(f"--tag={args['reference']}", *build_args, "-"),
+                *build,
             ]
         )
 
@@ -90,7 +103,7 @@ class ActionModule(ActionBase):
         began = spoke = time.monotonic()
         while True:
             state = self._state(unit)
-            steps = STEP.findall(self._execute(["grep", "-a", " == ", self._log])["stdout"])
+            steps = STEP.findall(self._execute(["grep", "-a", "== ", self._log])["stdout"])
             for step in steps[shown:]:
                 self._say(step)
                 spoke = time.monotonic()

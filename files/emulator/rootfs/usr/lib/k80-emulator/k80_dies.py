@@ -8,7 +8,9 @@
     lost            present: the die has fallen off the bus
     <query field>   any field of `nvidia-smi --query-gpu`: `echo 95 > temperature.gpu`
 
-A fault is injected by changing these files; a die is removed by removing its directory.
+A fault is injected by changing these files; a die is removed by removing its directory. What
+nvidia-smi has set, which a boot forgets, is in `/run/k80-emulator/dies/0000:05:00.0/`; a file above
+outranks it: the card that does not do what it is told.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STATE = Path(os.environ.get("K80_EMULATOR_STATE", "/etc/k80-emulator"))
+RUN = Path(os.environ.get("K80_EMULATOR_RUN", "/run/k80-emulator"))
 DEV = Path(os.environ.get("K80_EMULATOR_DEV", "/dev"))
 
 
@@ -26,11 +29,22 @@ class Die:
     pci_address: str
     directory: Path
 
+    @property
+    def settings(self) -> Path:
+        return RUN / "dies" / self.pci_address
+
     def read(self, name: str, default: str = "") -> str:
-        try:
-            return (self.directory / name).read_text().strip()
-        except FileNotFoundError:
-            return default
+        for directory in (self.directory, self.settings):
+            try:
+                return (directory / name).read_text().strip()
+            except FileNotFoundError:
+                continue
+        return default
+
+    def set(self, name: str, value: str) -> None:
+        """What a boot forgets."""
+        self.settings.mkdir(parents=True, exist_ok=True)
+        (self.settings / name).write_text(f"{value}\n")
 
     @property
     def uuid(self) -> str:

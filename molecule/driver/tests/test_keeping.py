@@ -1,0 +1,172 @@
+"""The driver over the years: mismatches, kernels that come and that cannot, upgrades, removal.
+
+In this order: each test leaves the server as the next one finds it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from testinfra.host import Host
+
+ROOT = Path(__file__).resolve().parents[3]
+MODULE = "nvidia-tesla-470"
+BOOTED = "systemctl show --property=UserspaceTimestamp --value"
+
+
+def play(playbook: str = "molecule/driver/converge.yml", **variables: object) -> tuple[int, str]:
+    """Runs a playbook on the server; returns its exit code and what it printed, on one line."""
+    done = subprocess.run(
+        [
+            Path(sys.executable).with_name("ansible-playbook"),
+            f"--inventory={os.environ['MOLECULE_INVENTORY_FILE']}",
+            f"--extra-vars={json.dumps(variables)}",
+            playbook,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+def versions(host: Host) -> dict[str, str]:
+    lines = host.check_output("dpkg-query --show --showformat '${Package} ${Version}\\n'")
+    return dict(line.split() for line in lines.splitlines())
+
+
+@pytest.fixture
+def kernel(host: Host, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A kernel that is on the server as far as anybody can see."""
+    path = f"/lib/modules/{request.param}"
+    host.check_output(f"mkdir -p {path}/kernel")
+    yield request.param
+    host.check_output(f"rm -r {path}")
+
+
+@pytest.mark.parametrize("kernel", ["6.12.95+deb12-amd64"], indirect=True)
+def test_a_kernel_that_is_too_new_is_refused(host: Host, kernel: str) -> None:
+    before = versions(host)
+    code, said = play()
+    assert code != 0
+    assert kernel in said
+    assert "6.9" in said
+    assert "Nothing was changed" in said
+    assert versions(host) == before
+
+
+@pytest.mark.parametrize("kernel", ["6.1.0-999-own"], indirect=True)
+def test_a_kernel_without_headers_is_refused_by_name(host: Host, kernel: str) -> None:
+    code, said = play()
+    assert code != 0
+    assert kernel in said
+    assert "headers" in said
+
+
+def mismatch(host: Host) -> None:
+    """What nvidia-smi says after an upgrade of the libraries alone, until the next boot."""
+    host.check_output("mkdir -p /run/k80-emulator/nvidia-smi")
+    host.check_output("echo 18 > /run/k80-emulator/nvidia-smi/exit_code")
+    host.check_output(
+        "echo 'Failed to initialize NVML: Driver/library version mismatch'"
+        " > /run/k80-emulator/nvidia-smi/message"
+    )
+
+
+def test_a_module_of_another_version_wants_a_reboot(host: Host) -> None:
+    mismatch(host)
+    code, said = play()
+    assert code != 0
+    assert "has to be rebooted: the running module and the installed libraries" in said
+    booted = host.check_output(BOOTED)
+
+    code, said = play(nvidia_driver_reboot=True)
+    assert code == 0, said
+    assert host.check_output(BOOTED) != booted
+    # Whoever boots finds the dies set up.
+    assert host.service("k80-nvidia-settings").is_running
+    assert host.file("/dev/nvidia-uvm").exists
+
+
+def test_clocks_that_somebody_changed_come_back(host: Host) -> None:
+    host.check_output("nvidia-smi -i 0 -ac 2505,562")
+    code, said = play(nvidia_driver_compute_mode="exclusive_process")
+    assert code == 0, said
+    query = "clocks.applications.graphics,compute_mode"
+    shown = host.check_output(f"nvidia-smi --query-gpu={query} --format=csv,noheader,nounits")
+    assert shown.splitlines() == ["875, Exclusive_Process"] * 2
+
+
+def test_another_version_of_the_packages_is_an_upgrade_of_these_alone(host: Host) -> None:
+    before = versions(host)
+    code, said = play(
+        nvidia_driver_package_version="470.256.02-5*",
+        nvidia_driver_repository={
+            "uri": "http://deb.debian.org/debian",
+            "suite": "bookworm-backports",
+            "components": ["contrib", "non-free"],
+        },
+    )
+    assert code == 0, said
+    after = versions(host)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert f"{MODULE}-kernel-dkms" in changed
+    assert all("nvidia-tesla-470" in name for name in changed), changed
+    assert all(after[name].startswith("470.256.02-5") for name in changed)
+    assert "libnvidia-tesla-470-ml1" in changed, "what they depend on follows"
+    assert "libnvidia-tesla-470-ml1" in host.check_output("apt-mark showhold").split()
+
+
+def offered_kernels(host: Host, flavour: str) -> list[str]:
+    names = host.check_output(
+        f"apt-cache --names-only search '^linux-headers-6[.]1[.]0-[0-9]+-{flavour}$'"
+    )
+    return sorted(line.split()[0].removeprefix("linux-headers-") for line in names.splitlines())
+
+
+def test_a_second_kernel_is_tried_before_it_comes(host: Host) -> None:
+    installed = host.check_output("ls /lib/modules").split()
+    second = next(
+        name for name in reversed(offered_kernels(host, "amd64")) if name not in installed
+    )
+    code, said = play("playbooks/kernel-check.yml", nvidia_driver_kernel=second)
+    assert code == 0, said
+    assert f"470.256.02 builds for kernel {second}" in said
+
+    host.check_output(
+        "DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends"
+        f" linux-image-{second}"
+    )
+    code, said = play()
+    assert code == 0, said
+    assert f", {second}, x86_64: installed" in host.check_output("dkms status")
+    assert "k80-nouveau.conf" in host.check_output(f"lsinitramfs /boot/initrd.img-{second}")
+
+
+def test_a_kernel_that_the_driver_cannot_be_built_for_is_named(host: Host) -> None:
+    """Of a real-time kernel NVIDIA's own build refuses to know anything."""
+    real_time = offered_kernels(host, "rt-amd64")[-1]
+    code, said = play("playbooks/kernel-check.yml", nvidia_driver_kernel=real_time)
+    assert code != 0
+    assert f"does not build for kernel {real_time}" in said
+    assert "apt-mark hold linux-image-amd64" in said
+    # Nothing is left that would fail at the next upgrade.
+    assert f"linux-headers-{real_time}" not in versions(host)
+    host.check_output("dpkg --audit")
+
+
+def test_removal_leaves_nothing(host: Host) -> None:
+    code, said = play(nvidia_driver_state="absent")
+    assert code == 0, said
+    assert not [name for name in versions(host) if "nvidia" in name]
+    assert "nvidia" not in host.check_output("dkms status")
+    assert host.check_output("apt-mark showhold") == ""
+    left = host.run("ls -d /etc/*/k80* /etc/apt/*/*k80* /etc/systemd/system/k80-nvidia*").stdout
+    assert left.split() in ([], ["/etc/apt/sources.list.d/k80-components.sources"])

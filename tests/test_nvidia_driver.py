@@ -1,0 +1,231 @@
+"""What the role nvidia_driver reads of DKMS and kernels, and how it sets the dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = ROOT / "roles/nvidia_driver/files/nvidia-settings"
+GOOD = {
+    "kernel": "6.1.0-56-amd64",
+    "headers": True,
+    "dkms": "installed",
+    "module_version": "470.256.02",
+}
+
+
+@pytest.fixture
+def state(load_module: Callable[[str], ModuleType]) -> ModuleType:
+    return load_module("roles/nvidia_driver/library/nvidia_driver_state.py")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        # DKMS 3 (Debian 12, Ubuntu, EL 9) and 2.8 (Debian 11).
+        (
+            "nvidia-tesla-470/470.256.02, 6.1.0-56-amd64, x86_64: installed",
+            {"6.1.0-56-amd64": "installed"},
+        ),
+        (
+            "nvidia-tesla-470, 470.256.02, 5.10.0-30-amd64, x86_64: installed",
+            {"5.10.0-30-amd64": "installed"},
+        ),
+        (
+            "nvidia/470.256.02, 5.14.0-427.el9.x86_64, x86_64: built",
+            {"5.14.0-427.el9.x86_64": "built"},
+        ),
+        (
+            "nvidia/470.256.02, 6.1.0-56-amd64, x86_64: installed"
+            " (WARNING! Diff between built and installed module!)",
+            {"6.1.0-56-amd64": "installed"},
+        ),
+        # Without headers apt ends well and DKMS has no kernel to name.
+        ("nvidia-tesla-470/470.256.02: added", {}),
+        ("", {}),
+    ],
+)
+def test_both_forms_of_dkms_status_are_read(
+    state: ModuleType, line: str, expected: dict[str, str]
+) -> None:
+    assert state.dkms_states(line) == expected
+
+
+def test_two_kernels_are_told_apart(state: ModuleType) -> None:
+    lines = "n/1, 6.1.0-55-amd64, x86_64: added\nn/1, 6.1.0-56-amd64, x86_64: installed\n"
+    assert state.dkms_states(lines) == {"6.1.0-55-amd64": "added", "6.1.0-56-amd64": "installed"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"headers": False, "dkms": "", "module_version": ""}, "6.1.0-56-amd64 has no headers"),
+        ({"dkms": "added", "module_version": ""}, "(it says: added)"),
+        ({"dkms": "built", "module_version": ""}, "(it says: built)"),
+        ({"dkms": "", "module_version": ""}, "(it says: nothing)"),
+        ({"module_version": "535.183.01"}, "would load driver 535.183.01 instead of 470.256.02"),
+    ],
+)
+def test_each_fault_is_one_sentence_with_its_remedy(
+    state: ModuleType, change: dict[str, object], words: str
+) -> None:
+    told = state.fault_of(GOOD | change, "nvidia-tesla-470", "470.256.02")
+    assert words in told
+    assert ": " in told
+    assert told.endswith(".")
+
+
+def test_a_kernel_with_its_module_has_no_fault(state: ModuleType) -> None:
+    assert state.fault_of(GOOD, "nvidia-tesla-470", "470.256.02") is None
+
+
+def test_kernels_are_what_has_modules_of_its_own(
+    state: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "MODULES", str(tmp_path))
+    assert state.installed_kernels() == []
+    # Headers alone, as in a container: DKMS builds for these.
+    (tmp_path / "6.1.0-55-amd64/build").mkdir(parents=True)
+    assert state.installed_kernels() == ["6.1.0-55-amd64"]
+    # Beside a real kernel they are a remnant.
+    (tmp_path / "6.1.0-56-amd64/kernel").mkdir(parents=True)
+    assert state.installed_kernels() == ["6.1.0-56-amd64"]
+
+
+def test_an_initial_ram_disk_older_than_the_rule_is_noticed(
+    state: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "BOOT", str(tmp_path))
+    rule, image = tmp_path / "k80-nouveau.conf", tmp_path / "initrd.img-6.1"
+    assert not state.initramfs_is_old("6.1", str(rule)), "a host without one"
+    image.touch()
+    rule.touch()
+    os.utime(image, (1, 1))
+    assert state.initramfs_is_old("6.1", str(rule))
+    os.utime(rule, (0, 0))
+    assert not state.initramfs_is_old("6.1", str(rule))
+
+
+# --- The settings of the dies, with a made-up nvidia-smi ---------------------
+
+SMI = """\
+#!{python}
+import json, sys
+path = {state!r}
+dies = json.load(open(path))
+arguments = sys.argv[1:]
+if arguments[0].startswith("--query-gpu="):
+    for die in dies:
+        print(", ".join(die[field] for field in arguments[0].split("=")[1].split(",")))
+    sys.exit()
+die = next(die for die in dies if die["uuid"] == arguments[1])
+flag, value = arguments[2:]
+if flag == "-ac":
+    die["clocks.applications.memory"], die["clocks.applications.graphics"] = value.split(",")
+elif flag == "-e":
+    die["ecc.mode.pending"] = {{"0": "Disabled", "1": "Enabled"}}[value]
+elif flag == "-c":
+    die["compute_mode"] = {{"0": "Default", "3": "Exclusive_Process"}}[value]
+elif flag == "-pl" and die["uuid"] != "GPU-stubborn":
+    die["power.limit"] = value + ".00"
+json.dump(dies, open(path, "w"))
+"""
+DIE = {
+    "uuid": "GPU-a",
+    "pci.bus_id": "00000000:05:00.0",
+    "pci.device_id": "0x102D10DE",
+    "clocks.applications.memory": "2505",
+    "clocks.applications.graphics": "562",
+    "ecc.mode.current": "Enabled",
+    "ecc.mode.pending": "Enabled",
+    "compute_mode": "Default",
+    "power.limit": "149.00",
+}
+LEAVE = {"application_clocks": "", "ecc": "unchanged", "compute_mode": "default", "power_limit": 0}
+
+
+class Dies:
+    def __init__(self, directory: Path) -> None:
+        self.state, self.file = directory / "dies.json", directory / "settings.json"
+        program = directory / "bin/nvidia-smi"
+        program.parent.mkdir()
+        program.write_text(SMI.format(python=sys.executable, state=str(self.state)))
+        program.chmod(0o755)
+        self.path = str(program.parent)
+        self.have(DIE)
+
+    def have(self, *dies: dict[str, str]) -> None:
+        self.state.write_text(json.dumps(dies))
+
+    def __getitem__(self, field: str) -> list[str]:
+        return [die[field] for die in json.loads(self.state.read_text())]
+
+    def settings(self, *arguments: str, **wanted: object) -> tuple[int, str]:
+        self.file.write_text(json.dumps(LEAVE | wanted))
+        done = subprocess.run(
+            [sys.executable, SETTINGS, *arguments, self.file],
+            env={"PATH": self.path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def dies(tmp_path: Path) -> Dies:
+    return Dies(tmp_path)
+
+
+def test_every_setting_is_applied_and_read_back(dies: Dies) -> None:
+    wanted = {
+        "application_clocks": "2505,875",
+        "ecc": "disabled",
+        "compute_mode": "exclusive_process",
+        "power_limit": 140,
+    }
+    code, said = dies.settings("--check", **wanted)
+    assert code == 2
+    assert "application clocks are 2505,562, not 2505,875" in said
+    assert dies["clocks.applications.graphics"] == ["562"], "a check changes nothing"
+
+    assert dies.settings(**wanted) == (0, "")
+    assert dies["clocks.applications.graphics"] == ["875"]
+    assert dies["ecc.mode.pending"] == ["Disabled"]
+    assert dies["compute_mode"] == ["Exclusive_Process"]
+    assert dies["power.limit"] == ["140.00"]
+    assert dies.settings("--check", **wanted) == (0, "")
+
+
+def test_what_is_not_wanted_is_left(dies: Dies) -> None:
+    before = dies.state.read_text()
+    assert dies.settings() == (0, "")
+    assert dies.state.read_text() == before
+
+
+def test_other_gpus_are_left_alone(dies: Dies) -> None:
+    dies.have(DIE, DIE | {"uuid": "GPU-other", "pci.device_id": "0x1DB610DE"})
+    assert dies.settings(application_clocks="2505,875") == (0, "")
+    assert dies["clocks.applications.graphics"] == ["875", "562"]
+
+
+def test_a_value_that_does_not_stick_is_an_error(dies: Dies) -> None:
+    dies.have(DIE | {"uuid": "GPU-stubborn"})
+    code, said = dies.settings(power_limit=120)
+    assert code == 1
+    assert "die 00000000:05:00.0: power limit is 149.00 W, not 120" in said
+    assert "the die refuses this value" in said
+
+
+def test_a_server_without_the_driver_is_told_so(dies: Dies, tmp_path: Path) -> None:
+    (tmp_path / "bin/nvidia-smi").unlink()
+    code, said = dies.settings(application_clocks="2505,875")
+    assert (code, said) == (1, "nvidia-settings: nvidia-smi is not there: install the driver.\n")

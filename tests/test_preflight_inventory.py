@@ -1,0 +1,373 @@
+"""What speaks against an inventory is told by site.yml's first play, at once, before any change.
+
+The hosts of the play are this machine, each with a root, variables and facts of its own. What
+needs no play is judged without one, which is faster.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible.template import trust_as_template
+from judge import FACTS, SETTINGS, Judge
+from made_up_host import add_server
+
+ROOT = Path(__file__).resolve().parent.parent
+GATHERED = {f"ansible_{name}": value for name, value in FACTS.items()} | {
+    "ansible_default_ipv4": {"address": "192.0.2.7"}
+}
+DIE0, DIE1 = "0000:05:00.0", "0000:06:00.0"
+KEY = SETTINGS["vllm_instance_api_key"]
+# Inventories of a host that is server and gateway.
+INVENTORIES: dict[str, dict[str, Any]] = {
+    "placeholder": {
+        "vllm_instance_api_key": "change-me",
+        "gateway_api_keys": [{"name": "anna", "key": "change-me"}],
+    },
+    "one-die": {
+        "vllm_instance_instances": [
+            {"name": "a", "dies": [DIE0]},
+            {"name": "b", "dies": [DIE1, DIE0]},
+            {"name": "c", "dies": ["0000:99:00.0"]},
+            {"name": "d", "dies": []},
+        ]
+    },
+    "ports": {
+        "vllm_instance_instances": [
+            {"name": "a", "dies": [DIE0], "port": 8080},
+            {"name": "b", "dies": [DIE1], "port": 8080},
+        ],
+        "gateway_stats_port": 84040,
+    },
+    "names": {
+        "vllm_instance_instances": [
+            {"name": "One", "dies": [DIE0]},
+            {"name": "b", "dies": [DIE1], "modle": "smollm2-135m-instruct"},
+        ],
+    },
+    "reserved": {
+        "vllm_instance_instances": [
+            {"name": "firewall", "dies": [DIE0]},
+            {"name": "a-liveness", "dies": [DIE1], "model": "other"},
+        ],
+        "vllm_model_catalogue": {
+            name: {"source": "pypi", "package": "p", "version": "1", "sha256": "0", "file": "f"}
+            for name in ("smollm2-135m-instruct", "other")
+        },
+        "gateway_api_keys": [{"name": "a b", "key": KEY}],
+    },
+    "types": {
+        "vllm_instance_base_port": "many",
+        "vllm_instance_dtype": "bfloat16",
+        "vllm_instance_instances": {"name": "a"},
+        "vllm_image_base_image": trust_as_template("{{ not_there }}"),
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return add_server(tmp_path_factory.mktemp("server"))
+
+
+class Run:
+    """site.yml's first play, on hosts with variables of their own, and what came of it."""
+
+    def __init__(self, directory: Path, hosts: dict[str, dict[str, Any]], **facts: Any) -> None:
+        first_play = yaml.safe_load((ROOT / "site.yml").read_text())[0]
+        print_dies = {"ansible.builtin.debug": {"var": "preflight_dies"}}
+        # Facts as if they had been gathered.
+        first_play["gather_facts"] = False
+        facts_of_host = {name: f"{{{{ faked_facts.{name} }}}}" for name in GATHERED}
+        set_facts = {"ansible.builtin.set_fact": facts_of_host | {"cacheable": True}}
+        first_play["pre_tasks"] = [{"name": "Set the facts"} | set_facts]
+        first_play["post_tasks"] = [{"name": "Print the dies"} | print_dies]
+        self._write(directory / "play.yml", [first_play])
+        (directory / "group_vars").symlink_to(ROOT / "group_vars")
+
+        gateways = {host: {} for host in hosts if not hosts[host].pop("no_gateway", False)}
+        servers = {host: {} for host in hosts if not hosts[host].pop("no_server", False)}
+        for host, variables in hosts.items():
+            faked = {"faked_facts": GATHERED | facts.get(host, {})}
+            self._write(directory / f"inventory/host_vars/{host}.yml", variables | faked)
+        groups = {"k80_servers": {"hosts": servers}, "k80_gateways": {"hosts": gateways}}
+        local = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
+        self._write(directory / "inventory/hosts.yml", {"k80": {"children": groups, "vars": local}})
+        serving = {group: f"{directory}/{group}" for group in groups}
+        done = subprocess.run(
+            [
+                Path(sys.executable).with_name("ansible-playbook"),
+                *("-i", directory / "inventory"),
+                # Whether this machine serves is not the matter.
+                *("-e", json.dumps({"__preflight_serving_paths": serving})),
+                directory / "play.yml",
+            ],
+            env=os.environ
+            | {
+                "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+                "ANSIBLE_ROLES_PATH": str(ROOT / "roles"),
+                "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
+            },
+            cwd=directory,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        self.code, self.output = done.returncode, done.stdout + done.stderr
+        assert done.stdout.startswith("{"), self.output
+        # The project's callbacks print times behind the JSON.
+        report, _ = json.JSONDecoder().raw_decode(done.stdout)
+        self.stats: dict[str, dict[str, int]] = report["stats"]
+        results = [
+            (task["task"]["name"], host, result)
+            for task in report["plays"][0]["tasks"]
+            for host, result in task["hosts"].items()
+        ]
+        self.dies = {h: r["preflight_dies"] for _, h, r in results if "preflight_dies" in r}
+        told = [r["msg"] for name, _, r in results if ": Report" in name and r.get("failed")]
+        self.findings = told[0].split("\n- ") if told else []
+        told = [r["msg"] for name, _, r in results if ": Tell" in name and "msg" in r]
+        self.warnings = told[0] if told else []
+
+    @staticmethod
+    def _write(path: Path, content: Any) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))  # which is YAML too
+
+    def about(self, host: str) -> list[str]:
+        return [line.removeprefix(f"{host}: ") for line in self.findings if line.startswith(host)]
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory, server: Path) -> Run:
+    """One run over hosts that each have faults of their own."""
+    directory = tmp_path_factory.mktemp("bad")
+    model = directory / "model"
+    model.mkdir()
+    (model / "pytorch_model.bin").touch()
+    (model / "config.json").touch()
+    good = SETTINGS | {"preflight_root": str(server)}
+    hosts: dict[str, dict[str, Any]] = {
+        "healthy": good,
+        "keyless": good | {"vllm_instance_api_key": "", "gateway_api_keys": []},
+        "other-system": good,
+        "small": good
+        | {"preflight_disk_free_gb": {f"{directory}/images": 10**6, f"{directory}/models": 10**6}},
+        "misspelt": good
+        | {
+            "vllm_instance_modle": "x",
+            "vlmm_instance_model": "x",
+            "gateway_nothing_like_it_at_all": 1,
+            "vllm_instance_resolved": [],  # a fact of a role, which a fact cache would show
+            "my_own_variable": 1,
+        },
+        "models": good
+        | {
+            "vllm_instance_instances": [
+                {"name": "a", "dies": [DIE0], "model": "smollm3"},
+                {"name": "b", "dies": [DIE1], "model": "nowhere"},
+                {"name": "c", "dies": [DIE1], "model": "pickled"},
+                {"name": "d", "dies": [DIE1], "model": "hub"},
+            ],
+            "vllm_model_catalogue": {
+                "nowhere": {"source": "directory", "path": "/srv/no/such/model"},
+                "pickled": {"source": "directory", "path": str(model)},
+                "hub": {"source": "hub"},
+                "unused": {"source": "directory", "path": "/srv/neither"},
+            },
+        },
+        "gateway": good
+        | {"no_server": True, "gateway_api_keys": [{"name": "anna", "key": "short"}] * 2},
+    }
+    return Run(
+        directory,
+        hosts,
+        **{
+            "other-system": {
+                "ansible_distribution": "Ubuntu",
+                "ansible_distribution_major_version": "20",
+                "ansible_architecture": "aarch64",
+                "ansible_kernel": "4.19.0-5-arm64",
+                "ansible_service_mgr": "sysvinit",
+                "ansible_memtotal_mb": 4000,
+            }
+        },
+    )
+
+
+def test_nothing_was_changed_and_all_hosts_stopped(bad: Run) -> None:
+    assert bad.code != 0
+    assert "Traceback" not in bad.output
+    assert {host: stats["changed"] for host, stats in bad.stats.items()} == dict.fromkeys(
+        bad.stats, 0
+    )
+    assert not bad.dies
+    assert bad.findings[0] == "Nothing was changed. To be put right first:"
+
+
+def test_a_healthy_host_has_no_findings(bad: Run) -> None:
+    assert bad.about("healthy") == []
+
+
+def test_no_key_is_told(bad: Run) -> None:
+    assert KEY not in bad.output
+    assert SETTINGS["gateway_api_keys"][0]["key"] not in bad.output
+
+
+MAKE_KEY = "set it to the output of: openssl rand -hex 24."
+SENTENCES = {
+    "keyless": [
+        f"vllm_instance_api_key is empty; {MAKE_KEY}",
+        "gateway_api_keys lists no key, so nobody could use the gateway; add one per user.",
+    ],
+    "placeholder": [
+        f"vllm_instance_api_key is still the placeholder; {MAKE_KEY}",
+        f"the key of 'anna' in gateway_api_keys is still the placeholder; {MAKE_KEY}",
+    ],
+    "one-die": [
+        "instance 'd' names no die; list one or more in its 'dies'.",
+        "instances 'a' and 'b' both want die 0000:05:00.0, which serves only one; correct"
+        " vllm_instance_instances.",
+        "instance 'c' wants die 0000:99:00.0, which this server does not have (its dies:"
+        " 0000:05:00.0, 0000:06:00.0); correct vllm_instance_instances.",
+    ],
+    "ports": [
+        "instance 'a' and instance 'b' and gateway_port all want port 8080; give each one of its"
+        " own.",
+        "gateway_stats_port has port 84040, but ports are numbers from 1 to 65535; correct it.",
+    ],
+    "names": [
+        "an instance cannot be named 'One'; in vllm_instance_instances use 1 to 40 lower-case"
+        " letters, digits and hyphens.",
+        "vllm_instance_instances does not fit role vllm_instance: there is no"
+        " vllm_instance_instances.modle. Supported parameters include: dies, extra_args,"
+        " model, name, port.",
+    ],
+    "reserved": [
+        "an instance cannot be named 'firewall', for vllm-k80-firewall is a unit of another kind;"
+        " rename it in vllm_instance_instances.",
+        "an instance cannot be named 'a-liveness', for vllm-k80-a-liveness is a unit of another"
+        " kind; rename it in vllm_instance_instances.",
+        "its instances serve other and smollm2-135m-instruct, but a gateway takes instances of one"
+        " model; let all of vllm_instance_instances name the same.",
+        "gateway_api_keys names 'a b', which the access log could not hold; use letters, digits and"
+        " ._@- alone.",
+    ],
+    "other-system": [
+        "Ubuntu 20 is not supported (this works on Debian 12); install one of these, or add it to"
+        " preflight_distributions to try it at your own risk.",
+        "its architecture is aarch64, but PyTorch for the K80 exists for x86_64 only; take it out"
+        " of k80_servers.",
+        "its kernel 4.19.0-5-arm64 is older than 5.10 (preflight_kernel_min); boot the"
+        " distribution's own kernel.",
+        "its running kernel 4.19.0-5-arm64 is not installed any more, so no driver can be built for"
+        " it; reboot into one that is (6.1.0-18-amd64).",
+        "its init is sysvinit, but systemd has to run the services; boot it with systemd.",
+        "it has 4000 MB of memory, but 2 instances need 7168 MB (preflight_memory_base_mb,"
+        " preflight_memory_per_instance_mb); add memory or list fewer instances in"
+        " vllm_instance_instances.",
+    ],
+    "misspelt": [
+        "gateway_nothing_like_it_at_all is not a variable of any role; remove it from the"
+        " inventory.",
+        "vllm_instance_modle is not a variable of any role; did you mean vllm_instance_model?",
+        "vlmm_instance_model is not a variable of any role; did you mean vllm_instance_model?",
+    ],
+    "models": [
+        "instance 'a' wants model 'smollm3', which is not in vllm_model_catalogue (nowhere,"
+        " pickled, hub, unused); correct the name or add the model.",
+        "model 'nowhere': there is no directory /srv/no/such/model on this server; correct its"
+        " entry in vllm_model_catalogue or the server.",
+        "model 'hub': source hub is not built yet; pypi and directory are; correct its entry in"
+        " vllm_model_catalogue or the server.",
+    ],
+    "gateway": [
+        "the key of 'anna' in gateway_api_keys has 5 characters, fewer than 24; set it to the"
+        " output of: openssl rand -hex 24.",
+        "2 entries of gateway_api_keys have the name 'anna'; tell them apart.",
+        "2 entries of gateway_api_keys have one and the same key; tell them apart.",
+    ],
+}
+
+
+@pytest.fixture
+def findings(bad: Run, judge: Judge, server: Path) -> Callable[[str], list[str]]:
+    """Those of a host of the play or of one of the inventories, by its name."""
+
+    def of(host: str) -> list[str]:
+        if host not in INVENTORIES:
+            return bad.about(host)
+        groups = ["k80_servers", "k80_gateways"]
+        return judge(server, groups=groups, **INVENTORIES[host])[0]
+
+    return of
+
+
+@pytest.mark.parametrize("host", SENTENCES)
+def test_each_fault_is_told_by_name(findings: Callable[[str], list[str]], host: str) -> None:
+    told = findings(host)
+    assert [sentence for sentence in SENTENCES[host] if sentence not in told] == [], told
+
+
+@pytest.mark.parametrize(
+    "host", ["keyless", "placeholder", "ports", "reserved", "other-system", "misspelt"]
+)
+def test_nothing_else_is_told(findings: Callable[[str], list[str]], host: str) -> None:
+    assert sorted(findings(host)) == sorted(SENTENCES[host])
+
+
+@pytest.mark.parametrize(
+    ("host", "pattern"),
+    [
+        (
+            "small",
+            r"\d+ GB are free for /.*/images and /.*/models, but 2000000 GB are needed"
+            r" \(preflight_disk_free_gb\); free some",
+        ),
+        ("models", r"model 'pickled': /.*/model holds no \.safetensors files.*; correct its entry"),
+        ("types", r"vllm_instance_base_port does not fit role vllm_instance: .*int"),
+        ("types", r"vllm_instance_dtype does not fit role vllm_instance: .*auto, float32, half"),
+        (
+            "types",
+            r"vllm_instance_instances does not fit role vllm_instance: "
+            r".* it cannot be converted to a list\.$",
+        ),
+        ("types", r"vllm_image_base_image cannot be evaluated: 'not_there' is undefined; correct"),
+    ],
+)
+def test_faults_with_details_of_this_machine(
+    findings: Callable[[str], list[str]], host: str, pattern: str
+) -> None:
+    told = findings(host)
+    assert [line for line in told if re.match(pattern, line)], told
+
+
+def test_a_warning_stops_nothing_and_the_dies_are_told(tmp_path: Path) -> None:
+    server = add_server(tmp_path / "server")
+    (server / "sys/bus/pci/devices/0000:03:00.0/current_link_width").write_text("8\n")
+    settings = SETTINGS | {"preflight_root": str(server)}
+    instances = [{"name": "both", "dies": [DIE0, DIE1]}]
+    run = Run(
+        tmp_path,
+        {
+            "server": settings | {"no_gateway": True, "vllm_instance_instances": instances},
+            # What the gateway alone needs: it has no card.
+            "gateway": settings | {"no_server": True, "preflight_root": "/nowhere"},
+        },
+    )
+    assert run.code == 0, run.output
+    assert not run.findings
+    assert len(run.warnings) == 1
+    assert run.warnings[0].startswith("server: the PCIe link of board 0000:03:00.0 to the slot is")
+    board = {"board": "0000:03:00.0", "numa_node": 0, "local_cpulist": "0-9"}
+    assert run.dies["server"] == [{"pci_address": DIE0} | board, {"pci_address": DIE1} | board]
+    assert {stats["changed"] for stats in run.stats.values()} == {0}

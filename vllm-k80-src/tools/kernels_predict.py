@@ -1,0 +1,220 @@
+"""Predicted times of our kernels on a K80 die, for the layers of 7B and 13B models.
+
+    python tools/kernels_predict.py [REPORT.json] [--quick]
+
+Compiles csrc/ and a naive kernel (benchmarks/naive_gemv.cu) for sm_37, simulates them (smx.py),
+prints a table and the model's error on the only public measurements, and writes the report: a
+list of {kernel, n, k, m, group, predicted_us, predicted_us_tex32, dram_bound_us, registers, spills,
+occupancy, instructions_per_weight}. predicted_us_tex32 has the read-only cache's bandwidth
+halved, the model's least certain setting. Needs nvcc and cuobjdump of CUDA 11 and numpy.
+
+Exit status 1 if a kernel spills registers or is slower than tools/kernels_baseline.json says by
+more than 3 %. Every time is a prediction; nothing here was measured.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import smx
+
+SOURCE = Path(__file__).parent.parent
+BASELINE = Path(__file__).parent / "kernels_baseline.json"
+ALLOWED_GROWTH = 1.03
+SHAPES_7B = ((4096, 4096), (11008, 4096), (4096, 11008))
+SHAPES_13B = ((5120, 5120), (13824, 5120), (5120, 13824))
+# The vllm37 project's INT4 prototype (group 128) on a real die, CUDA 11.4, in microseconds: our
+# naive kernel has its structure.
+MEASURED_US = {(4096, 4096): 209.1, (11008, 4096): 407.3, (4096, 11008): 757.9}
+
+
+@dataclass
+class Compiled:
+    """A kernel's machine code and what it needs."""
+
+    sass: str
+    constants: bytes
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+
+
+@dataclass
+class Case:
+    """A launch to predict: rows n, columns k, rows of x m, bytes that it must read or write."""
+
+    kernel: str
+    n: int
+    k: int
+    m: int
+    launch: smx.Launch
+    least_bytes: float
+    group: int  # columns that share a scale, 0 for none
+
+
+def _cuobjdump(binary: Path, *options: str) -> str:
+    command = ["cuobjdump", *options, str(binary)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def compiled(binary: Path) -> dict[str, Compiled]:
+    """The kernels in a fat binary, by name."""
+    sass, elf = _cuobjdump(binary, "-sass"), _cuobjdump(binary, "-elf")
+    pools = {
+        name: b"".join(int(word, 16).to_bytes(4, "little") for word in words.split())
+        for name, words in re.findall(r"\.nv\.constant2\.(\w+)\n((?:0x[0-9a-f]+\s*)+)", elf)
+    }
+    use = re.findall(
+        r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", _cuobjdump(binary, "-res-usage")
+    )
+    return {
+        name: Compiled(sass, pools.get(name, b""), int(registers), int(shared), int(stack))
+        for name, registers, stack, shared in use
+    }
+
+
+def build(directory: Path) -> dict[str, Compiled]:
+    """All kernels, compiled into ``directory``."""
+    subprocess.run(["sh", str(SOURCE / "csrc" / "build.sh"), str(directory)], check=True)
+    naive = directory / "naive.fatbin"
+    command = [os.environ.get("NVCC", "nvcc"), "-O3", "-std=c++14", "-Wno-deprecated-gpu-targets"]
+    command += ["-gencode", "arch=compute_37,code=sm_37", "-fatbin", "-o", str(naive)]
+    subprocess.run([*command, str(SOURCE / "benchmarks" / "naive_gemv.cu")], check=True)
+    return compiled(directory / "vllm_k80.fatbin") | compiled(naive)
+
+
+def gemv(kernels: dict[str, Compiled], kind: str, n: int, k: int, m: int, group: int = 128) -> Case:
+    """A gemv of csrc/gemv.cu: ``kind`` is w4_f16, w8_f16 and so on, or f16."""
+    name = f"gemv_{kind}_m{m}"
+    blocks = -(-n // (64 if m == 8 and kind != "f16" else 32))  # csrc/gemv.cu: rows a block
+    bits = {"w4": 4, "w8": 8, "f1": 16}[kind[:2]]
+    weight = n * k * bits // 8
+    scales = 0 if kind == "f16" else n * k // group * (4 if kind.endswith("32") else 2)
+    buffers: list[int | smx.Pointer] = [smx.Pointer(weight)]
+    shift: list[int | smx.Pointer] = []
+    if kind != "f16":
+        buffers += [smx.Pointer(scales)] * (2 if bits == 4 else 1)
+        shift = [(group * bits // 128).bit_length() - 1]
+    x_and_y = [smx.Pointer(4 * k * m), smx.Pointer(0), smx.Pointer(4 * n * m)]
+    launch = smx.Launch(
+        (1, blocks) if m == 8 else (blocks, 1),
+        256,
+        [*buffers, *x_and_y, n, k, *shift, m, 0],
+        kernels[name].registers,
+        kernels[name].shared_bytes,
+        kernels[name].constants,
+    )
+    least = weight + scales * (2 if bits == 4 else 1) + 4 * m * (n + k)
+    return Case(name, n, k, m, launch, least, 0 if kind == "f16" else group)
+
+
+def naive(kernels: dict[str, Compiled], n: int, k: int) -> Case:
+    """The naive kernel."""
+    sizes = (n * k // 2, n * k // 32, n * k // 32, 4 * k, 4 * n)
+    used = kernels["naive_gemv_w4"]
+    # The prototype stages as much of x as there is; ours reserves the largest.
+    launch = smx.Launch(
+        (-(-n // 8), 1), 256, [*map(smx.Pointer, sizes), n, k], used.registers, 4 * k
+    )
+    launch.constants = used.constants
+    return Case("naive_gemv_w4", n, k, 1, launch, sum(sizes), 128)
+
+
+def predict(kernels: dict[str, Compiled], case: Case) -> dict[str, Any]:
+    """One line of the report."""
+    used = kernels[case.kernel]
+    first = smx.simulate(used.sass, case.kernel, case.launch)
+    halved = smx.SETTINGS | {"texture_bytes": smx.SETTINGS["texture_bytes"] / 2}
+    second = smx.simulate(used.sass, case.kernel, case.launch, halved)
+    weights_an_smx = case.n * case.k / smx.SETTINGS["smx"]
+    return {
+        "kernel": case.kernel,
+        "n": case.n,
+        "k": case.k,
+        "m": case.m,
+        "group": case.group,
+        "predicted_us": round(first.microseconds, 1),
+        "predicted_us_tex32": round(second.microseconds, 1),
+        "dram_bound_us": round(case.least_bytes / smx.SETTINGS["dram_gb_s"] / 1e3, 1),
+        "registers": used.registers,
+        "spills": used.stack_bytes,
+        "occupancy": round(first.warps * 32 / smx.SETTINGS["threads"], 2),
+        "instructions_per_weight": round(first.instructions * 32 / weights_an_smx, 2),
+    }
+
+
+def cases(kernels: dict[str, Compiled], quick: bool) -> list[Case]:
+    """What is predicted. ``quick`` leaves out all but a 4096 x 4096 layer."""
+    shapes = SHAPES_7B[:1] if quick else SHAPES_7B + SHAPES_13B
+    chosen = [gemv(kernels, "w4_f16", n, k, 1) for n, k in shapes]
+    chosen += [gemv(kernels, kind, n, k, 1) for kind in ("w8_f16", "f16") for n, k in shapes[:3]]
+    if not quick:
+        chosen += [
+            gemv(kernels, kind, 4096, 4096, m)
+            for kind in ("w4_f16", "w8_f16", "f16")
+            for m in (2, 4, 8)
+        ]
+        chosen += [gemv(kernels, kind, 4096, 4096, 1, 32) for kind in ("w4_f16", "w4_f32")]
+        chosen += [naive(kernels, n, k) for n, k in SHAPES_7B]
+    return chosen
+
+
+def main() -> int:
+    """Compile, simulate, print, write and compare."""
+    quick = "--quick" in sys.argv
+    paths = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
+    with tempfile.TemporaryDirectory() as directory:
+        kernels = build(Path(directory))
+    report, wrong = [], []
+    columns = (
+        "kernel",
+        "n",
+        "k",
+        "m",
+        "group",
+        "predicted",
+        "tex32",
+        "bound",
+        "regs",
+        "occ.",
+        "instr/w",
+    )
+    print("Predicted microseconds on one K80 die (simulated, not measured):")
+    print("{:18} {:>6} {:>6} {:>2} {:>5} {:>9} {:>7} {:>7} {:>4} {:>5} {:>7}".format(*columns))
+    baseline = json.loads(BASELINE.read_text())
+    for case in cases(kernels, quick):
+        line = predict(kernels, case)
+        report.append(line)
+        print(
+            "{kernel:18} {n:>6} {k:>6} {m:>2} {group:>5} {predicted_us:>9} {predicted_us_tex32:>7} "
+            "{dram_bound_us:>7} {registers:>4} {occupancy:>5} "
+            "{instructions_per_weight:>7}".format(**line),
+            flush=True,
+        )
+        key = f"{case.kernel} n={case.n} k={case.k} m={case.m} group={case.group}"
+        limit = baseline.get(key, line["predicted_us"]) * ALLOWED_GROWTH
+        if line["predicted_us"] > limit:
+            wrong.append(f"{key}: {line['predicted_us']} us, was {baseline[key]}")
+        if line["spills"]:
+            wrong.append(f"{case.kernel} spills {line['spills']} bytes")
+        if case.kernel == "naive_gemv_w4":
+            measured = MEASURED_US[case.n, case.k]
+            ratio = line["predicted_us"] / measured
+            print(f"{'':18} a prototype of its structure, measured: {measured}; ratio {ratio:.2f}")
+    if paths:
+        Path(paths[0]).parent.mkdir(parents=True, exist_ok=True)
+        Path(paths[0]).write_text(json.dumps(report, indent=1) + "\n")
+    for line in wrong:
+        print(f"kernels_predict: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
