@@ -30,15 +30,13 @@ FILES = {
     ],
     "nvidia-cuda-dev": ["usr/include/cuda.h", "usr/include/crt/device_functions.h", LIBRARIES],
 }
-APT_CACHE = """\
-#!/bin/sh
+APT_CACHE = """#!/bin/sh
 [ -e {packages}/$2.deb ] || exit 0
 echo "$2:"
 echo "  Installed: (none)"
 echo "  Candidate: $(dpkg-deb --field {packages}/$2.deb Version)"
 """
-APT_GET = """\
-#!/bin/sh
+APT_GET = """#!/bin/sh
 for package; do :; done
 cp {packages}/${{package%=*}}.deb . && echo "$package" >> {packages}/downloaded
 """
