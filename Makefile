@@ -35,7 +35,11 @@ demo-clean: venv ## Remove the demo's server, its built image and its keys
 ## ---- test it
 
 .PHONY: test
-test: lint test-package test-unit test-molecule ## Every check and test (needs Docker; up to 40 minutes)
+test: lint test-package test-unit test-molecule ## Checks, tests and the main scenarios (needs Docker; about an hour)
+
+.PHONY: test-all
+test-all: lint test-package test-unit ## The same, and the scenarios of other distributions and of CUDA
+	@pytest tests -m molecule --capture=no
 
 .PHONY: test-fast
 test-fast: venv ## All that needs no Docker and no engine (under 3 minutes)
@@ -62,7 +66,7 @@ test-package-fast: venv ## Those of them that start no engine
 
 .PHONY: test-molecule
 test-molecule: venv ## The molecule scenarios, on an emulated server
-	@pytest tests -m molecule --capture=no
+	@pytest tests -m 'molecule and not more' --capture=no
 
 ## ---- look at the kernels
 
