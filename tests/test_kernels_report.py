@@ -235,7 +235,7 @@ def test_the_kernels_here_suit_the_card(tmp_path: Path) -> None:
     names = [kernel["kernel"] for kernel in said["kernels"]]
     assert {"rms_norm_f32", "fused_add_rms_norm_f16"} <= set(names)
     for kernel in said["kernels"]:
-        assert kernel["instructions"] > 50, kernel
+        assert kernel["instructions"] > 20, kernel
         assert kernel["threads_are_declared"], kernel
         assert kernel["blocks_per_multiprocessor"] > 0, kernel
         assert kernel["local_loads_and_stores"] == 0, f"{kernel['kernel']} spills"
