@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+
 import pytest
 from conftest import SERVERS, VERSION, Server
 
@@ -103,7 +104,7 @@ def test_an_upgrade_goes_to_the_version_that_the_inventory_names(server: Server)
     has_the_module(server, VERSION)
 
 
-# What is called so and is none of the driver's: the container toolkit's, and the kernel's own headers.
+# Called so, and none of the driver's: the container toolkit's, and the kernel's own headers.
 OTHERS = re.compile(r"nvidia-container|^/usr/src/linux-")
 
 
