@@ -11,11 +11,21 @@ from pathlib import Path
 
 import pytest
 import testinfra
+from server_report import reporting
 from testinfra.host import Host
 
 SERVER = "k80-toolkit"
 ROOT = Path(__file__).resolve().parents[3]
 IMAGE = "vllm-k80-base:debian12"
+
+pytest_runtest_makereport = reporting(
+    SERVER,
+    {
+        "containers": "docker ps --all",
+        "specification": "cat /run/cdi/nvidia.yaml",
+        "journal": "journalctl --no-pager -u 'k80-*' -u docker --since -10min | tail -n 60",
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -105,19 +115,3 @@ def container(server: Server, request: pytest.FixtureRequest) -> Iterator[Contai
     container = Container(server.host, request.node.originalname.replace("_", "-"))
     yield container
     server.host.run("docker rm --force %s", container.name)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """With every failure comes what the server has to say about it."""
-    report = yield
-    if report.failed:
-        host = testinfra.get_host(f"docker://{SERVER}")
-        for title, command in (
-            ("containers", "docker ps --all"),
-            ("specification", "cat /run/cdi/nvidia.yaml"),
-            ("journal", "journalctl --no-pager -u 'k80-*' -u docker --since -10min | tail -n 60"),
-        ):
-            result = host.run(command)
-            report.sections.append((f"{title} of {SERVER}", result.stdout + result.stderr))
-    return report
