@@ -56,7 +56,7 @@ class Role:
         return self.play(playbook, **variables)
 
     def play(self, playbook: Path, **variables: Any) -> tuple[int, int, str]:
-        variables["ansible_connection"] = "community.docker.docker"
+        variables["ansible_connection"] = "community.docker.docker_api"
         inventory = self.directory / "inventory.json"
         inventory.write_text(json.dumps({"k80_servers": {"hosts": {SERVER: {}}}}))
         command = [Path(sys.executable).with_name("ansible-playbook"), "--inventory", inventory]
