@@ -336,6 +336,19 @@ def test_packages_and_headers_of_el(el9: Path, tmp_path: Path, k80_host: ModuleT
     assert known == dict(zip(versions, (True, False), strict=True))
 
 
+@pytest.mark.parametrize("clocks", ["", "2505,875", "2505, 562"])
+def test_clocks_are_two_numbers_or_nothing(server: Path, judge: Judge, clocks: str) -> None:
+    assert judge(server, nvidia_driver_application_clocks=clocks) == ([], [])
+
+
+@pytest.mark.parametrize("clocks", ["fast", "875", "2505,875,1"])
+def test_other_clocks_are_refused(server: Path, judge: Judge, clocks: str) -> None:
+    findings, warnings = judge(server, nvidia_driver_application_clocks=clocks)
+    assert len(findings) == 1
+    assert f"nvidia_driver_application_clocks is '{clocks}'; give" in findings[0]
+    assert warnings == []
+
+
 def test_secure_boot(server: Path, judge: Judge) -> None:
     variable = server / "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
     write(variable, "\x06\0\0\0\0")

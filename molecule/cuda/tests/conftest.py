@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import scenario
 import testinfra
-from server_report import reporting
+from scenario import reporting
 from testinfra.host import Host
 
 SERVER = "k80-cuda"
-ROOT = Path(__file__).resolve().parents[3]
 
 pytest_runtest_makereport = reporting(
     SERVER,
@@ -59,19 +56,10 @@ class Role:
         variables["ansible_connection"] = "community.docker.docker_api"
         inventory = self.directory / "inventory.json"
         inventory.write_text(json.dumps({"k80_servers": {"hosts": {SERVER: {}}}}))
-        command = [Path(sys.executable).with_name("ansible-playbook"), "--inventory", inventory]
-        done = subprocess.run(
-            [*command, "--extra-vars", json.dumps(variables), playbook],
-            cwd=ROOT,
-            env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "NO_COLOR": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        said = " ".join((done.stdout + done.stderr).split())
+        code, said = scenario.play(playbook, inventory=inventory, **variables)
         changed = re.search(r"changed=(\d+)", said)
         assert changed, said
-        return done.returncode, int(changed[1]), said
+        return code, int(changed[1]), said
 
 
 @pytest.fixture(scope="session")

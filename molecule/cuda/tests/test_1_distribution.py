@@ -6,7 +6,8 @@ import json
 import re
 
 import pytest
-from conftest import ROOT, SERVER, Role, Server
+from conftest import SERVER, Role, Server
+from scenario import ROOT
 
 COMPILER = "/opt/vllm-k80/cuda"
 KERNELS = "/var/lib/vllm-k80/image/context/kernels/vllm_k80.fatbin"

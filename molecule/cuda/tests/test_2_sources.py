@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import ROOT, SERVER, Role, Server
+from conftest import SERVER, Role, Server
+from scenario import ROOT
 
 PREFIX = "/opt/vllm-k80/cuda"
 PACKAGES = "/usr/local/cuda-11.4"

@@ -7,17 +7,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import openai
 import pytest
 import testinfra
 import yaml
-from server_report import reporting
+from scenario import ROOT, reporting
 from testinfra.host import Host
 
 SERVER = "k80-molecule"
-ROOT = Path(__file__).resolve().parents[3]
 HOST_VARS = ROOT / ".config" / "molecule" / "host_vars" / f"{SERVER}.yml"
 
 pytest_runtest_makereport = reporting(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import SERVER, Instance, Server
+from scenario import reboot
 
 # An instance has started when it has loaded its model and generated from it; two do so at once.
 START = 240
@@ -119,17 +119,4 @@ def test_docker_killed(server: Server) -> None:
 
 
 def test_reboot(server: Server) -> None:
-    def started_at() -> str:
-        return subprocess.run(
-            ["docker", "inspect", "--format", "{{.State.StartedAt}} {{.State.Running}}", SERVER],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-
-    before = started_at()
-    server.host.run("systemctl reboot")  # ends before it can answer
-    deadline = time.monotonic() + 60
-    while (now := started_at()) == before or "true" not in now:
-        assert time.monotonic() < deadline, "the server did not come up again"
-        time.sleep(1)
+    reboot(SERVER)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
+import scenario
 import testinfra
 from testinfra.host import Host
 
-CONVERGE = Path(__file__).resolve().parents[2] / "driver" / "converge.yml"
-ROOT = CONVERGE.parents[2]
 VERSION = "470.256.02"
 
 
@@ -94,13 +89,7 @@ SERVERS = [
 
 def converge(limit: str = "all", **variables: object) -> tuple[int, str]:
     """Runs the roles again: exit status, and output in one line."""
-    command = ["ansible-playbook", "-i", os.environ["MOLECULE_INVENTORY_FILE"], "--limit", limit]
-    command += ["--extra-vars", json.dumps(variables), str(CONVERGE)]
-    environment = os.environ | {"ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    return done.returncode, " ".join((done.stdout + done.stderr).split())
+    return scenario.play("molecule/driver/converge.yml", f"--limit={limit}", **variables)
 
 
 @pytest.fixture(params=SERVERS, ids=[server.name for server in SERVERS])

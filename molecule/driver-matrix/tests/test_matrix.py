@@ -93,6 +93,11 @@ def test_nouveau_is_kept_out_and_the_dies_are_set_up_at_boot(server: Server) -> 
         assert shown.splitlines() == ["ActiveState=active", "UnitFileState=enabled"]
 
 
+def test_the_installers_driver_gets_the_unit_that_packages_bring() -> None:
+    unit = SERVERS[-1].run("systemctl cat nvidia-persistenced.service")
+    assert "ExecStart=nvidia-persistenced" in unit
+
+
 # --- The newer version --------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import testinfra
-from server_report import reporting
+from scenario import reporting
 from testinfra.host import Host
 
 SERVER = "k80-driver"

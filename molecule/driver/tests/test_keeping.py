@@ -5,36 +5,18 @@ In this order: each test leaves the server as the next one finds it.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+import scenario
 from testinfra.host import Host
 
-ROOT = Path(__file__).resolve().parents[3]
 MODULE = "nvidia-tesla-470"
 BOOTED = "systemctl show --property=UserspaceTimestamp --value"
 
 
 def play(playbook: str = "molecule/driver/converge.yml", **variables: object) -> tuple[int, str]:
-    """Runs a playbook on the server; returns its exit code and what it printed, on one line."""
-    done = subprocess.run(
-        [
-            Path(sys.executable).with_name("ansible-playbook"),
-            f"--inventory={os.environ['MOLECULE_INVENTORY_FILE']}",
-            f"--extra-vars={json.dumps(variables)}",
-            playbook,
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.returncode, " ".join((done.stdout + done.stderr).split())
+    return scenario.play(playbook, **variables)
 
 
 def versions(host: Host) -> dict[str, str]:

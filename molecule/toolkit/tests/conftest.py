@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
+import scenario
 import testinfra
-from server_report import reporting
+from scenario import reporting
 from testinfra.host import Host
 
 SERVER = "k80-toolkit"
-ROOT = Path(__file__).resolve().parents[3]
 IMAGE = "vllm-k80-base:debian12"
 
 pytest_runtest_makereport = reporting(
@@ -76,31 +73,13 @@ class Server:
             time.sleep(0.5)
 
     def reboot(self) -> None:
-        def started_at() -> str:
-            state = "{{.State.StartedAt}} {{.State.Running}}"
-            command = ["docker", "inspect", "--format", state, SERVER]
-            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-        before = started_at()
-        self.host.run("systemctl reboot")  # ends before it can answer
-        deadline = time.monotonic() + 60
-        while (now := started_at()) == before or "true" not in now:
-            assert time.monotonic() < deadline, "the server did not come up again"
-            time.sleep(1)
+        scenario.reboot(SERVER)
         self.wait_for("systemctl is-system-running --wait")
 
-    def converge(self, **variables: str) -> tuple[int, str]:
-        """Runs the roles again: exit status and output."""
-        command = ["ansible-playbook", "-i", os.environ["MOLECULE_INVENTORY_FILE"]]
-        command += [str(ROOT / "molecule" / "toolkit" / "converge.yml")]
-        for name, value in variables.items():
-            command += ["--extra-vars", f"{name}={value}"]
-        # No pipes, no colours: what is compared is the text.
-        environment = os.environ | {"ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"}
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
-        return done.returncode, done.stdout + done.stderr
+
+def converge(**variables: object) -> tuple[int, str]:
+    """Runs the roles again: exit status, and output in one line."""
+    return scenario.play("molecule/toolkit/converge.yml", **variables)
 
 
 @pytest.fixture(scope="session")

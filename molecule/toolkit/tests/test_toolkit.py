@@ -7,7 +7,7 @@ may (there is no driver behind the node), "Operation not permitted" that it may 
 from __future__ import annotations
 
 import pytest
-from conftest import SERVER, Container, Server
+from conftest import SERVER, Container, Server, converge
 
 PACKAGES = [
     "nvidia-container-toolkit",
@@ -138,18 +138,17 @@ def test_another_version_takes_all_four_packages_and_nothing_else(
 
     server.run("rm /dev/nvidia1")
     try:
-        status, output = server.converge(nvidia_container_toolkit_version="1.17.7-1")
+        status, output = converge(nvidia_container_toolkit_version="1.17.7-1")
     finally:
         server.run("systemctl restart k80-emulator")
     assert status != 0
-    told = " ".join(output.split())
-    assert f"No container of {SERVER} can have all its dies" in told
-    assert "the driver does not show the die at 0000:06:00.0" in told
+    assert f"No container of {SERVER} can have all its dies" in output
+    assert "the driver does not show the die at 0000:06:00.0" in output
     assert server.packages() == before | dict.fromkeys(PACKAGES, "1.17.7-1")
     assert "path: /dev/nvidia1" not in server.specification()
 
     # The specification is stale now; the next run sees it.
-    status, output = server.converge()
+    status, output = converge()
     assert status == 0, output
     assert server.packages() == before | dict.fromkeys(PACKAGES, "1.17.8-1")
     assert sorted(server.run("apt-mark showhold").split()) == sorted(PACKAGES)
@@ -163,12 +162,12 @@ def test_another_version_takes_all_four_packages_and_nothing_else(
 def test_removal(server: Server, container: Container) -> None:
     """Refused under a container, which only its runtime can stop; then it is as before."""
     container.start(server.uuids[0])
-    status, output = server.converge(nvidia_container_toolkit_state="absent")
+    status, output = converge(nvidia_container_toolkit_state="absent")
     assert status != 0
-    assert f"still needed to stop the containers {container.name}" in " ".join(output.split())
+    assert f"still needed to stop the containers {container.name}" in output
     server.run(f"docker rm --force {container.name}")
 
-    status, output = server.converge(nvidia_container_toolkit_state="absent")
+    status, output = converge(nvidia_container_toolkit_state="absent")
     assert status == 0, output
     assert not set(PACKAGES) & server.packages().keys()
     assert server.run("apt-mark showhold") == ""

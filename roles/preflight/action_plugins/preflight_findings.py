@@ -485,6 +485,17 @@ def no_newer_driver_is_there(host: Host) -> Iterator[str]:
 
 
 @check("k80_servers")
+def clocks_are_a_pair(host: Host) -> Iterator[str]:
+    clocks = host.get("nvidia_driver_application_clocks", str)
+    if clocks and not re.fullmatch(r"\d+ *, *\d+", clocks):
+        yield (
+            f"nvidia_driver_application_clocks is {clocks!r}; give the memory's and the graphics'"
+            " in MHz, such as 2505,875 (nvidia-smi -q -d SUPPORTED_CLOCKS lists what a card"
+            " takes), or nothing to leave them."
+        )
+
+
+@check("k80_servers")
 def nouveau_is_out(host: Host) -> Iterator[str]:
     if host.runs_own_kernel and host.saw("system", "nouveau"):
         remedy = (
