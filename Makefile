@@ -38,7 +38,7 @@ demo-clean: venv ## Remove the demo's server, its built image and its keys
 test: lint test-package test-unit test-molecule ## Checks, tests and the main scenarios (needs Docker; about an hour)
 
 .PHONY: test-all
-test-all: lint test-package test-unit ## The same, and the scenarios of other distributions and of CUDA
+test-all: lint test-package test-unit ## The same, and the scenario of CUDA on a server
 	@pytest tests -m molecule --capture=no
 
 .PHONY: test-fast
