@@ -66,14 +66,33 @@ __device__ __forceinline__ float2 pair(unsigned bits) {
                      __half2float(__ushort_as_half(bits >> 16)));
 }
 
-// Four neighbours.
-__device__ __forceinline__ float4 quad(const float* p) {
-  return __ldg(reinterpret_cast<const float4*>(p));
-}
-__device__ __forceinline__ float4 quad(const __half* p) {
-  const uint2 bits = __ldg(reinterpret_cast<const uint2*>(p));
-  const float2 a = pair(bits.x), b = pair(bits.y);
-  return make_float4(a.x, a.y, b.x, b.y);
+// Four neighbours, as they are loaded: loads come first and wait together.
+template <class T>
+struct Four;
+template <>
+struct Four<float> {
+  float4 v;
+  __device__ __forceinline__ void load(const float* p) {
+    v = __ldg(reinterpret_cast<const float4*>(p));
+  }
+  __device__ __forceinline__ float4 unpack() const { return v; }
+};
+template <>
+struct Four<__half> {
+  uint2 q;
+  __device__ __forceinline__ void load(const __half* p) {
+    q = __ldg(reinterpret_cast<const uint2*>(p));
+  }
+  __device__ __forceinline__ float4 unpack() const {
+    const float2 a = pair(q.x), b = pair(q.y);
+    return make_float4(a.x, a.y, b.x, b.y);
+  }
+};
+template <class T>
+__device__ __forceinline__ float4 quad(const T* p) {
+  Four<T> four;
+  four.load(p);
+  return four.unpack();
 }
 __device__ __forceinline__ float4 quad(const void* p, bool half, size_t at) {
   return half ? quad(static_cast<const __half*>(p) + at) : quad(static_cast<const float*>(p) + at);
@@ -472,7 +491,6 @@ __device__ __forceinline__ void prefill(const Batch& batch, const void* __restri
   const int dim = threadIdx.x % (kSize / 4) * 4, value_row = threadIdx.x / (kSize / 4);
   const size_t row_size = static_cast<size_t>(batch.kv_heads) * batch.head_size;
   const KV* keys = cache + kv_head * batch.head_size;
-  const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f);
 
   // The longest first, so that the last to start are short.
   const int row0 = ((rows + kTile - 1) / kTile - 1 - static_cast<int>(blockIdx.y)) * kTile;
@@ -516,22 +534,37 @@ __device__ __forceinline__ void prefill(const Batch& batch, const void* __restri
 #pragma unroll 1
     for (int depth = 0; depth < batch.head_size; depth += kDepth) {
       __syncthreads();
-      const bool inside = depth + 4 * part < batch.head_size;
+      // Past the end of a row: its last elements again, times zero.
+      const int at = min(depth + 4 * part, batch.head_size - 4);
+      Four<KV> k[kTileKeys / 16];
 #pragma unroll
-      for (int i = 0; i < kTile; i += 16) {
-        float4 v = zero;
-        if (inside)
-          v = quad(query, batch.flags & kHalfQuery, query_at[i + column] + depth + 4 * part);
-        float* to = staged_query + staged_at(kTile, 0, i + column) + part * staged_at(kTile, 4, 0);
-        to[0] = v.x, to[kTile] = v.y, to[2 * kTile] = v.z, to[3 * kTile] = v.w;
+      for (int i = 0; i < kTileKeys; i += 16)
+        k[i / 16].load(key_rows[slot + i / 32 * 4 + i % 32 / 4 * 8] + at);
+      float4 q[kTile / 16];
+      if (batch.flags & kHalfQuery) {
+        Four<__half> half[kTile / 16];
+#pragma unroll
+        for (int i = 0; i < kTile; i += 16)
+          half[i / 16].load(static_cast<const __half*>(query) + query_at[i + column] + at);
+#pragma unroll
+        for (int i = 0; i < kTile / 16; ++i) q[i] = half[i].unpack();
+      } else {
+#pragma unroll
+        for (int i = 0; i < kTile; i += 16)
+          q[i / 16] = quad(static_cast<const float*>(query) + query_at[i + column] + at);
       }
+      const float use = at == depth + 4 * part ? 1.f : 0.f;
 #pragma unroll
       for (int i = 0; i < kTileKeys; i += 16) {
-        float4 v = zero;
-        if (inside) v = quad(key_rows[slot + i / 32 * 4 + i % 32 / 4 * 8] + depth + 4 * part);
-        float* to =
-            staged_key + staged_at(kTileKeys, 0, i + column) + part * staged_at(kTileKeys, 4, 0);
+        float* to = staged_key + staged_at(kTileKeys, 4 * part, i + column);
+        const float4 v = k[i / 16].unpack();
         to[0] = v.x, to[kTileKeys] = v.y, to[2 * kTileKeys] = v.z, to[3 * kTileKeys] = v.w;
+      }
+#pragma unroll
+      for (int i = 0; i < kTile; i += 16) {
+        float* to = staged_query + staged_at(kTile, 4 * part, i + column);
+        const float4 v = q[i / 16];
+        to[0] = use * v.x, to[kTile] = use * v.y, to[2 * kTile] = use * v.z, to[3 * kTile] = use * v.w;
       }
       __syncthreads();
 #pragma unroll
@@ -604,13 +637,15 @@ __device__ __forceinline__ void prefill(const Batch& batch, const void* __restri
     for (int source = 0; source < 8; source += kValueKeys / 8) {
       // The keys of lanes `source` and following, eight each.
       __syncthreads();
+      // Past the end of a row: its last elements again, for results that nobody takes.
+      const size_t at = batch.values() + min(dim, batch.head_size - 4);
+      Four<KV> v[kValueKeys / kValueStep];
 #pragma unroll
-      for (int i = 0; i < kValueKeys; i += kValueStep) {
-        float4 v = zero;
-        if (dim < batch.head_size)
-          v = quad(key_rows[8 * source + i + value_row] + batch.values() + dim);
-        put(staged_value + i * kSize + 4 * threadIdx.x, v);
-      }
+      for (int i = 0; i < kValueKeys; i += kValueStep)
+        v[i / kValueStep].load(key_rows[8 * source + i + value_row] + at);
+#pragma unroll
+      for (int i = 0; i < kValueKeys; i += kValueStep)
+        put(staged_value + i * kSize + 4 * threadIdx.x, v[i / kValueStep].unpack());
       __syncthreads();
 #pragma unroll 1
       for (int lanes = 0; lanes < kValueKeys / 8; ++lanes) {
