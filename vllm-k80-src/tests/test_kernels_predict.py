@@ -147,6 +147,11 @@ def test_loaded_values_go_through_shared_memory_and_shuffles() -> None:
     assert iterations(*lanes, contents=[0]) == 8
 
 
+def test_bytes_are_permuted() -> None:
+    code = ["LDG.E.P R6, [R4]", "PRMT R2, RZ, 0x765, R6"]  # bytes 1 to 3 of it, and a zero
+    assert iterations(*code, contents=[0x1234]) == 0x12
+
+
 def test_a_vote_gathers_lanes() -> None:
     code = [
         "S2R R6, SR_TID.X",

@@ -507,6 +507,20 @@ class _Code:
             start, length = i.operands[2].value & 0xFF, i.operands[2].value >> 8 & 0xFF
             mask = u32(((1 << length) - 1) << start & 0xFFFFFFFF)
             return lambda w: (get[3](w) & ~mask) | ((get[1](w) << u32(start)) & mask)
+        if name == "PRMT" and not modifiers:
+
+            def permute(w: _Warp) -> Any:
+                selector = get[2](w)
+                both = np.stack((get[1](w), get[3](w)), axis=1).view(np.uint8)  # little-endian
+                result = np.zeros(32, dtype=u32)
+                for byte in range(4):
+                    chosen = selector >> u32(4 * byte) & u32(15)
+                    value = both[_LANES, chosen & u32(7)]
+                    value = np.where(chosen & u32(8), (value >> 7) * np.uint8(255), value)
+                    result |= value.astype(u32) << u32(8 * byte)
+                return result
+
+            return permute
         if name in ("ISETP", "ICMP"):
             compare = {
                 "GE": np.greater_equal,
