@@ -162,12 +162,12 @@ def tensors(dtype: torch.dtype, **changed: Any) -> dict[str, Any]:
         ({"kv_cache": torch.ones(2, 3, 12, 2, 64)}, "blocks of 12 tokens; powers of two"),
         ({"kv_cache": torch.ones(2, 3, 4, 2, 128)[..., :64]}, "kv_cache must be contiguous"),
         ({"kv_cache": torch.ones(2, 0, 4, 2, 64)}, "kv_cache is empty"),
-        ({"out": torch.ones(1, 4, 64)}, r"out has shape \(1, 4, 64\).* at least \(2, 4, 64\)"),
+        ({"out": torch.ones(1, 4, 64)}, r"out is .* shape \(1, 4, 64\).* at least \(2, 4, 64\)"),
         ({"out": torch.ones(2, 4, 64).bfloat16()}, "out is torch.bfloat16"),
-        ({"seq_lens": torch.ones(2)}, "seq_lens is torch.float32; torch.int32"),
-        ({"block_table": torch.zeros(3, 1).int()}, r"block_table has shape \(3, 1\), \(2, -1\)"),
-        ({"block_table": torch.zeros(1, 2).int().t()[:, :1]}, None),
-        ({"block_table": torch.zeros(2, 2).int().t()}, "block_table has strides"),
+        ({"seq_lens": torch.ones(2)}, "seq_lens is torch.float32 .* torch.int32 of 2 in all"),
+        ({"block_table": torch.zeros(3, 1).int()}, r"block_table is .* \(3, 1\) .* rows, 2 in all"),
+        ({"block_table": torch.zeros(1, 2).int().t()}, None),
+        ({"block_table": torch.zeros(2, 2).int().t()}, r"block_table is .* strides \(1, 2\)"),
         ({"window": -1}, "window is -1"),
         ({"soft_cap": -2.0}, "soft_cap -2.0"),
         ({"alibi_slopes": torch.ones(3)}, r"alibi_slopes is torch.float32 of shape \(3,\)"),
@@ -207,7 +207,7 @@ def test_what_the_cache_cannot_take_is_named(changed: dict[str, Any], message: s
 def test_the_starts_of_varlen_attention_fit_the_sequences() -> None:
     arguments = tensors(torch.float16)
     starts = torch.zeros(2, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"query_start_loc has shape \(2,\), \(3,\)"):
+    with pytest.raises(ValueError, match=r"query_start_loc is .* \(2,\) .* of 3 in all"):
         vllm_k80.varlen_attention(
             *(arguments[name] for name in ("query", "kv_cache", "out")),
             starts,

@@ -208,7 +208,7 @@ def varlen_attention(
     )
     sequences = seq_lens.shape[0]
     reference.check_integers(
-        "varlen_attention", "query_start_loc", query_start_loc, (sequences + 1,), kv_cache
+        "varlen_attention", "query_start_loc", query_start_loc, sequences + 1, 1, kv_cache
     )
     tokens, heads = query.shape[:2]
     size = _size(head_size)

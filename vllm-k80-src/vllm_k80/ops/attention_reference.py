@@ -57,19 +57,20 @@ def check_rows(name: str, argument: str, x: Tensor, kv_cache: Tensor) -> int:
     Raises:
         ValueError: naming the argument, its value and what is supported.
     """
-    head_size = kv_cache.shape[4]
-    if x.dim() != 3 or x.shape[2] != head_size:
+    shape, head_size = x.shape, kv_cache.shape[4]
+    if len(shape) != 3 or shape[2] != head_size:
         raise ValueError(
-            f"{name}: {argument} has shape {tuple(x.shape)}; [tokens, heads, {head_size}] fits "
+            f"{name}: {argument} has shape {tuple(shape)}; [tokens, heads, {head_size}] fits "
             f"the cache"
         )
-    if x.dtype not in DTYPES:
+    dtype = x.dtype
+    if dtype not in DTYPES:
         raise ValueError(
-            f"{name}: {argument} is {x.dtype}; torch.float32 and torch.float16 are supported"
+            f"{name}: {argument} is {dtype}; torch.float32 and torch.float16 are supported"
         )
     if x.device != kv_cache.device:
         raise ValueError(f"{name}: {argument} is on {x.device}, kv_cache on {kv_cache.device}")
-    tokens, heads, _ = x.shape
+    tokens, heads, _ = shape
     stride, between_heads, between_elements = x.stride()
     if between_elements != 1 or (between_heads != head_size and heads > 1):
         raise ValueError(
@@ -77,12 +78,12 @@ def check_rows(name: str, argument: str, x: Tensor, kv_cache: Tensor) -> int:
         )
     if tokens <= 1:
         stride = 0
-    if stride % 4 or x.data_ptr() % (4 * x.element_size()):
+    if stride % 4 or x.data_ptr() % (16 if dtype is torch.float32 else 8):
         raise ValueError(
             f"{name}: {argument} begins at {x.data_ptr():#x}, with {stride} elements from token "
             f"to token; multiples of 4 elements are supported"
         )
-    if tokens * max(stride, heads * head_size) >= 1 << 31:
+    if tokens * stride >= 1 << 31:
         raise ValueError(
             f"{name}: {argument} has {tokens} tokens, {stride} elements apart; less than 2**31 "
             f"elements are supported"
@@ -90,23 +91,26 @@ def check_rows(name: str, argument: str, x: Tensor, kv_cache: Tensor) -> int:
     return int(stride)
 
 
-def check_integers(name: str, argument: str, x: Tensor, shape: tuple[int, ...], on: Tensor) -> None:
-    """Check an int32 tensor whose last dimension is contiguous. -1 in ``shape`` is any size.
+def check_integers(
+    name: str, argument: str, x: Tensor, rows: int, dimensions: int, kv_cache: Tensor
+) -> None:
+    """Check an int32 tensor: ``rows``, or that many rows that are each contiguous.
 
     Raises:
         ValueError: naming the argument, its value and what is supported.
     """
-    if x.dtype != torch.int32:
-        raise ValueError(f"{name}: {argument} is {x.dtype}; torch.int32 is supported")
-    if x.device != on.device:
-        raise ValueError(f"{name}: {argument} is on {x.device}, kv_cache on {on.device}")
-    fits = x.dim() == len(shape) and all(
-        want in (-1, have) for want, have in zip(shape, x.shape, strict=True)
-    )
-    if not fits:
-        raise ValueError(f"{name}: {argument} has shape {tuple(x.shape)}, {shape} was expected")
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        raise ValueError(f"{name}: {argument} has strides {x.stride()}; rows must be contiguous")
+    if (
+        x.dtype is not torch.int32
+        or x.dim() != dimensions
+        or x.shape[0] != rows
+        or (x.stride(-1) != 1 and x.shape[-1] > 1)
+        or x.device != kv_cache.device
+    ):
+        raise ValueError(
+            f"{name}: {argument} is {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()} "
+            f"on {x.device}; torch.int32 of {('', '', 'contiguous rows, ')[dimensions]}{rows} in "
+            f"all, on {kv_cache.device}, is supported"
+        )
 
 
 def check_attention(
@@ -130,17 +134,27 @@ def check_attention(
     """
     blocks, block_size, kv_heads, head_size = check_cache(name, kv_cache)
     stride = check_rows(name, "query", query, kv_cache)
-    heads = query.shape[1]
+    tokens, heads, _ = query.shape
     if not heads or heads % kv_heads:
         raise ValueError(f"{name}: {heads} query heads are not a multiple of {kv_heads} key heads")
-    check_rows(name, "out", out, kv_cache)
-    if out.shape[0] < query.shape[0] or out.shape[1] != heads or not out.is_contiguous():
+    if (
+        out.dtype not in DTYPES
+        or out.dim() != 3
+        or out.shape[1:] != query.shape[1:]
+        or not tokens <= out.shape[0] < (1 << 31) / (heads * head_size)
+        or not out.is_contiguous()
+        or out.device != kv_cache.device
+        or out.data_ptr() % 16
+    ):
         raise ValueError(
-            f"{name}: out has shape {tuple(out.shape)} and strides {out.stride()}; contiguous and "
-            f"at least {tuple(query.shape)} is supported"
+            f"{name}: out is {out.dtype} of shape {tuple(out.shape)} and strides {out.stride()} on "
+            f"{out.device}; torch.float32 or torch.float16 of at least {tuple(query.shape)} and "
+            f"less than 2**31 elements on {kv_cache.device}, contiguous and 16-byte aligned, is "
+            f"supported"
         )
-    check_integers(name, "seq_lens", seq_lens, (-1,), kv_cache)
-    check_integers(name, "block_table", block_table, (seq_lens.shape[0], -1), kv_cache)
+    sequences = seq_lens.numel()
+    check_integers(name, "seq_lens", seq_lens, sequences, 1, kv_cache)
+    check_integers(name, "block_table", block_table, sequences, 2, kv_cache)
     if not 0 <= window < 1 << 31 or soft_cap < 0:
         raise ValueError(
             f"{name}: window is {window}, soft_cap {soft_cap}; 0 (none) and above are supported"
@@ -297,7 +311,7 @@ def varlen_attention(
     check_attention(
         name, query, kv_cache, out, seq_lens, block_table, window, soft_cap, alibi_slopes
     )
-    check_integers(name, "query_start_loc", query_start_loc, (seq_lens.shape[0] + 1,), kv_cache)
+    check_integers(name, "query_start_loc", query_start_loc, len(seq_lens) + 1, 1, kv_cache)
     starts = query_start_loc.tolist()
     _attention(
         query, kv_cache, out, starts, seq_lens, block_table, scale, window, soft_cap, alibi_slopes
