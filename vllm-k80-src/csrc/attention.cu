@@ -211,11 +211,9 @@ __device__ __forceinline__ void decode(const Batch& batch, const void* __restric
   __shared__ float tops[kDecodeWarps][kHeads], totals[kDecodeWarps][kHeads];
   __shared__ float4 mixed[kDecodeWarps][kHeads][2 * kLanes];
 
-  // Block (x, y, z): a tile of query heads, a split, a sequence.
+  // Block (x, y, z): a tile of query heads, a split, a sequence. Queries are loaded before the length
+  // is used, so that nothing waits for one and then for the other.
   const int sequence = blockIdx.z, length = batch.length(sequence);
-  const Split split(length, batch.window, splits);
-  const int begin = split.first + blockIdx.y * split.part, end = min(length, begin + split.part);
-  if (begin >= end && blockIdx.y) return;
   const int tiles = (batch.group + kHeads - 1) / kHeads;
   const int kv_head = kHeads > 1 ? divide(blockIdx.x, tiles) : blockIdx.x;
   const int tile = kHeads > 1 ? blockIdx.x - kv_head * tiles : 0;
@@ -230,13 +228,20 @@ __device__ __forceinline__ void decode(const Batch& batch, const void* __restric
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
     const int at = sequence * batch.query_stride + (head0 + min(h, taken - 1)) * batch.head_size + element;
-    const float use = element == 8 * piece ? batch.scale : 0.f;
     const bool half = batch.flags & kHalfQuery;
-    const float4 a = quad(query, half, at), b = quad(query, half, at + 4);
-    q[h][0] = a.x * use, q[h][1] = a.y * use, q[h][2] = a.z * use, q[h][3] = a.w * use;
-    q[h][4] = b.x * use, q[h][5] = b.y * use, q[h][6] = b.z * use, q[h][7] = b.w * use;
+    put(q[h], quad(query, half, at));
+    put(q[h] + 4, quad(query, half, at + 4));
+  }
+  const Split split(length, batch.window, splits);
+  const int begin = split.first + blockIdx.y * split.part, end = min(length, begin + split.part);
+  if (begin >= end && blockIdx.y) return;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) acc[h][i] = 0.f;
+  for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      q[h][i] *= element == 8 * piece ? batch.scale : 0.f;
+      acc[h][i] = 0.f;
+    }
   }
   // Of the scores that this lane holds: which they are, the largest so far, their weight.
   const int score0 = kShare > 1 ? piece / kShare : piece * kHeld;

@@ -11,11 +11,11 @@ The model, one SMX of the die with its share of the memory:
   nothing that means anything; shared memory and shuffles carry values on. Floating-point results
   are not computed, but for what the compiler divides integers with: comparisons of them compare
   zeros. Kernels whose loops or addresses depend on them cannot be predicted so.
-- Four schedulers; a warp belongs to one. Each issues the oldest ready warp's next instruction in
-  a clock, and the one after it too where the compiler's control code allows both at once. Control
-  codes also set the least distance to the next instruction. Registers become ready after the
-  latency of what writes them. Schedulers are served in one order: of a unit that is saturated the
-  last gets least, which exaggerates the end of kernels bound by FP32 alone.
+- Four schedulers, to which warps belong in turn. Each issues the oldest ready warp's next
+  instruction in a clock, and the one after it too where the compiler's control code allows both at
+  once. Control codes also set the least distance to the next instruction. Registers become ready
+  after the latency of what writes them. Schedulers are served in one order: of a unit that is
+  saturated the last gets least, which exaggerates the end of kernels bound by FP32 alone.
 - Units take so many warps a clock (CUDA C++ programming guide, throughput of arithmetic
   instructions, 3.7): FP32 6, integer add and logic 5, shift 2, conversion and special functions 1.
 - Shared memory serves `shared_bytes` a clock and replays for bank conflicts. The read-only path
@@ -737,7 +737,7 @@ class _Smx:
             left = i.operands[0].value if i.operands else 0
             if len(w.fetches) > left:
                 time = max(time, w.fetches[-1 - left])
-        heapq.heappush(self.later[w.number % 4], (math.ceil(time), w.age, w))
+        heapq.heappush(self.later[(w.age - 1) % 4], (math.ceil(time), w.age, w))
 
     def _unit(self, i: Instruction) -> str:
         return "shared" if i.unit == "memory" else i.unit  # both go through the load/store unit
