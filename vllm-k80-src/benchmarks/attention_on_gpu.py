@@ -1,4 +1,10 @@
-"""The attention operators and the cache on a GPU: see kernels_on_gpu.py."""
+"""The attention operators and the cache on a GPU: see kernels_on_gpu.py.
+
+For illegal accesses, in this folder (SEEDS smaller, or it takes hours):
+
+    compute-sanitizer python -c 'import sys; sys.path.insert(0, ".."); import attention_on_gpu as a
+    a.SEEDS = 100; print(a.compare())'
+"""
 
 import random
 from collections.abc import Callable
@@ -18,9 +24,9 @@ FLOATS = (torch.float32, torch.float16)
 # Values are normal; "sharp" makes the scores so large that one key takes nearly all the weight,
 # "large" are keys and values near the end of FP16.
 VALUES = ("normal", "sharp", "large", "small")
-# Allowed error against FP64, as a multiple of that of torch in FP32, or, where that is more, this
-# much of the largest value: as many roundings as the longest of the kernels' chains of sums. A
-# rounding of a score counts as often as the score is large: it is multiplied into the weight.
+# Allowed error against FP64, as a multiple of that of torch in FP32, or, where that is more, eight
+# roundings of what is summed: the weighted values' magnitudes, since values of both signs cancel.
+# An error of a score is one of its weight, so a rounding counts as often as the score is large.
 FACTOR = 2.0
 FLOOR = 2.0**-21
 HALF = 2.0**-10  # rounding of an FP16 result, relative to the largest
@@ -40,8 +46,9 @@ def case(index: int, prefill: bool) -> dict[str, Any]:
     if prefill:
         whole = draw.random() < 0.5
         queries = [n if whole else draw.randint(0, n) for n in lengths]
-    cache, values, out = draw.choice(FLOATS), draw.choice(VALUES), draw.choice(FLOATS)
-    if values == "small" or (values == "large" and cache is torch.float32):
+    cache, query, out = (draw.choice(FLOATS) for _ in range(3))
+    values = draw.choice(VALUES)
+    if values == "small" or (values == "large" and torch.float16 not in (cache, query)):
         out = torch.float32  # what FP16 does not hold is no result
     return {
         "prefill": prefill,
@@ -52,7 +59,7 @@ def case(index: int, prefill: bool) -> dict[str, Any]:
         "lengths": lengths,
         "queries": queries,
         "cache": cache,
-        "query": draw.choice(FLOATS),
+        "query": query,
         "out": out,
         "window": draw.choice((0, 0, 1, 5, 64, 100)),
         "soft_cap": draw.choice((0.0, 0.0, 5.0, 50.0)),
@@ -91,12 +98,10 @@ def tensors(about: dict[str, Any], seed: int) -> dict[str, Any]:
     # Queries, keys and values are views of one tensor, as a fused projection makes it.
     tokens = len(slots)
     key_value = normal(tokens, 2 * kv_heads, size)
-    if about["values"] == "large":
-        key_value *= 1e4 if about["cache"] is torch.float16 else 1e9
-    if about["values"] == "small":
-        key_value *= 1e-6
-    if torch.float16 in (about["cache"], about["query"]):
-        key_value = key_value.clamp(-65000, 65000)
+    # "large" is near the end of FP16 if that is in use, and far beyond it if not.
+    large = 1e4 if torch.float16 in (about["cache"], about["query"]) else 1e9
+    factor = {"large": large, "small": 1e-6}.get(about["values"], 1.0)
+    key_value = (key_value * factor).clamp(-65000, 65000) if large == 1e4 else key_value * factor
     key_value = key_value.to(about["query"])
     key, value = key_value[:, :kv_heads], key_value[:, kv_heads : 2 * kv_heads]
     # What nobody wrote must not matter.
@@ -108,9 +113,7 @@ def tensors(about: dict[str, Any], seed: int) -> dict[str, Any]:
     queries = about["queries"] + [about["prefill"] is False] * padding
     starts = torch.tensor([0, *queries]).cumsum(0).int()
     query = normal(int(starts[-1]) + padding, heads + 1, size)
-    query *= {"sharp": 30.0, "large": 1e-4, "small": 1e4}.get(about["values"], 1.0)
-    if about["values"] == "large" and about["cache"] is torch.float32:
-        query *= 1e-5
+    query *= {"sharp": 30.0, "large": 1 / large, "small": 1e4}.get(about["values"], 1.0)
     return {
         "key": key,
         "value": value,
@@ -128,9 +131,13 @@ def tensors(about: dict[str, Any], seed: int) -> dict[str, Any]:
 def plain(
     about: dict[str, Any], given: dict[str, Any], dtype: torch.dtype
 ) -> tuple[torch.Tensor, float]:
-    """The results, computed in ``dtype`` by torch, and the largest score's magnitude."""
+    """The results, computed in ``dtype`` by torch, and what a rounding may do.
+
+    That is the largest sum of the weighted values' magnitudes, times the largest score if that is
+    above 1.
+    """
     heads, kv_heads, size = about["heads"], about["kv_heads"], about["head_size"]
-    starts, largest = given["starts"].tolist(), 1.0
+    starts, rounded = given["starts"].tolist(), 0.0
     out = torch.zeros(given["query"].shape, dtype=dtype, device="cuda")
     rows = given["cache"].view(2, -1, kv_heads, size)
     for sequence, length in enumerate(given["seq_lens"].tolist()):
@@ -146,7 +153,7 @@ def plain(
         )
         scores = given["query"][begin:end].to(dtype).transpose(0, 1) @ keys.transpose(1, 2)
         scores = scores * given["scale"]
-        largest = max(largest, scores.abs().max().item())
+        largest = scores.abs().max().clamp(min=1.0)
         if about["soft_cap"]:
             scores = about["soft_cap"] * torch.tanh(scores / about["soft_cap"])
         behind = (positions[-(end - begin) :].unsqueeze(1) - positions).to(dtype)
@@ -156,8 +163,10 @@ def plain(
         if about["window"]:
             hidden = hidden | (behind >= about["window"])
         scores = scores.masked_fill(hidden, float("-inf"))
-        out[begin:end] = (scores.softmax(-1) @ values).transpose(0, 1)
-    return out, largest
+        weights = scores.softmax(-1)
+        out[begin:end] = (weights @ values).transpose(0, 1)
+        rounded = max(rounded, (largest * (weights @ values.abs()).max()).item())
+    return out, rounded
 
 
 def run(about: dict[str, Any], given: dict[str, Any], out: torch.Tensor) -> torch.Tensor:
@@ -175,6 +184,68 @@ def run(about: dict[str, Any], given: dict[str, Any], out: torch.Tensor) -> torc
         query = given["query"][:tokens]
         vllm_k80.paged_attention(query, given["cache"], out, *common, bound, *options)
     return out
+
+
+def bad_data() -> int:
+    """Lengths, tables, starts and slots that make no sense must not read or write outside.
+
+    compute-sanitizer sees if they do; here only a fault would show. Returns how many were run.
+    """
+    count = 0
+    for index in range(40):
+        for prefill in (False, True):
+            about = case(index, prefill)
+            given = tensors(about, index)
+            source = generator(index)
+            for name, low, high in (
+                ("seq_lens", -5, 5000),
+                ("table", -(2**31), 2**31 - 1),
+                ("starts", -100, 1000),
+                ("slots", -(2**62), 2**62),
+            ):
+                wrong = torch.randint(
+                    low, high, given[name].shape, generator=source, device="cuda"
+                ).to(given[name].dtype)
+                out = torch.empty(given["query"].shape, device="cuda").to(about["out"])
+                run(about, given | {name: wrong}, out)
+                if name == "slots":
+                    key, value = given["key"], given["value"]
+                    vllm_k80.reshape_and_cache(key, value, given["cache"], wrong)
+                count += 1
+    torch.cuda.synchronize()
+    return count
+
+
+def replayed() -> tuple[int, list[dict[str, Any]]]:
+    """A decode captured as a CUDA graph and replayed on other lengths is as the eager one.
+
+    Captured with the longest context as bound, as vLLM does it. Returns how many were compared
+    and those that differ in a bit.
+    """
+    off = []
+    for index in range(20):
+        about = case(index, False) | {"lengths": [2000] * 4, "queries": [1] * 4, "padding": 0}
+        given = tensors(about, index)
+        options = (given["scale"], about["window"], about["soft_cap"], given["slopes"])
+        captured = torch.zeros(given["query"].shape, device="cuda").to(about["out"])
+        eager = captured.clone()
+
+        def attend(out: torch.Tensor, given=given, options=options) -> None:
+            tensors_of = (given["cache"], out, given["seq_lens"], given["table"])
+            vllm_k80.paged_attention(given["query"], *tensors_of, 32768, *options)
+
+        attend(captured)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            attend(captured)
+        for lengths in ([1, 2, 3, 4], [2000, 0, 77, 1024]):
+            given["seq_lens"].copy_(torch.tensor(lengths, dtype=torch.int32))
+            graph.replay()
+            attend(eager)
+            if not torch.equal(captured, eager):
+                off.append({"operator": "paged_attention in a graph", "case": str(about)})
+    return 40, off
 
 
 def compare() -> tuple[dict[str, int], list[dict[str, Any]]]:
@@ -204,19 +275,24 @@ def compare() -> tuple[dict[str, int], list[dict[str, Any]]]:
             off.append({"operator": "reshape_and_cache", **printable})
         nowhere = torch.full(given["query"].shape, -7.0, device="cuda").to(about["out"])
         result = run(about, given, nowhere)
-        exact, largest = plain(about, given, torch.float64)
+        exact, rounded = plain(about, given, torch.float64)
         tokens = int(given["starts"][-1])
         ours = error(result[:tokens], exact[:tokens])
         theirs = error(plain(about, given, torch.float32)[0][:tokens], exact[:tokens])
         half = HALF if about["out"] is torch.float16 else 0.0
         beyond += ours > max(FACTOR * theirs, half)
-        allowed = max(FACTOR * theirs, FLOOR * max(1.0, largest), half)
+        allowed = max(FACTOR * theirs, half)
+        if tokens:
+            relative = rounded / exact[:tokens].abs().max().clamp(min=1e-30).item()
+            allowed = max(allowed, FLOOR * relative)
         untouched = bool((result[tokens:] == -7.0).all())
         if not ours <= allowed or not untouched:
             operator = "varlen_attention" if about["prefill"] else "paged_attention"
             about_error = {"error": ours, "error_of_torch": theirs, "untouched": untouched}
             off.append({"operator": operator, **printable, **about_error})
-    return {"comparisons": count, "beyond_twice_torch": beyond}, off
+    replays, differing = replayed()
+    counts = {"comparisons": count, "beyond_twice_torch": beyond, "replays": replays}
+    return counts | {"bad_data": bad_data()}, off + differing
 
 
 def timed_case(prefill: bool, sequences: int, length: int, kv_heads: int) -> dict[str, Any]:

@@ -21,6 +21,14 @@
 // Nothing here is bounded by what the host knew: lengths and tables are read on the device, and a
 // length beyond the table or a block beyond the cache is cut to it, so that no bad value reads
 // outside. All arithmetic is FP32. Softmax is the online one (arXiv:1805.02867), on powers of two.
+//
+// Predicted by tools/smx.py for 32 heads of 128 over 2048 tokens, in microseconds, with the
+// memory's bound in brackets: decode of one sequence with 8 key heads 59 (48) and 7 to combine its
+// splits, of which 3 and 3 are the launches; with 32 key heads 203 (192) and 7; of 8 sequences with
+// 8 key heads 403 (383). What remains above the bound for one short sequence is the beginning and
+// end of blocks, which nothing overlaps: with warps added up one after the other it was 66, and 11
+// or 16 splits in place of 8 cost 3 and 6 more. Prefill is bound mostly by shared memory, which it
+// asks for 24 words for 128 multiplications at best.
 #include <cuda_fp16.h>
 #include <float.h>
 
@@ -145,7 +153,8 @@ __device__ __forceinline__ void cache_token(const void* key, const void* value, 
   const void* from = blockIdx.y ? value : key;
   const size_t at = static_cast<size_t>(blockIdx.x) * (blockIdx.y ? value_stride : key_stride);
   KV* to = cache + (slot + (blockIdx.y ? cache_slots : 0)) * width;
-  for (int i = 4 * threadIdx.x; i < width; i += 4 * blockDim.x) put(to + i, quad(from, half, at + i));
+  for (int i = 4 * threadIdx.x; i < width; i += 4 * blockDim.x)
+    put(to + i, quad(from, half, at + i));
 }
 
 // ---- decode
@@ -207,12 +216,12 @@ __device__ __forceinline__ void decode(const Batch& batch, const void* __restric
   constexpr int kHeld = kScores > kLanes ? kScores / kLanes : 1;   // scores of a lane
   constexpr int kShare = kScores < kLanes ? kLanes / kScores : 1;  // lanes that hold the same one
   static_assert(kHeld <= kHeads && kKeys <= 32, "");
-  __shared__ __align__(16) float weights[kDecodeWarps][kKeys + 1][kHeads];
+  __shared__ __align__(16) float weights[kDecodeWarps][kKeys + 1][kHeads];  // and a factor each
   __shared__ float tops[kDecodeWarps][kHeads], totals[kDecodeWarps][kHeads];
   __shared__ float4 mixed[kDecodeWarps][kHeads][2 * kLanes];
 
-  // Block (x, y, z): a tile of query heads, a split, a sequence. Queries are loaded before the length
-  // is used, so that nothing waits for one and then for the other.
+  // Block (x, y, z): a tile of query heads, a split, a sequence. Queries are loaded before the
+  // length is used, so that nothing waits for one and then for the other.
   const int sequence = blockIdx.z, length = batch.length(sequence);
   const int tiles = (batch.group + kHeads - 1) / kHeads;
   const int kv_head = kHeads > 1 ? divide(blockIdx.x, tiles) : blockIdx.x;
@@ -227,7 +236,8 @@ __device__ __forceinline__ void decode(const Batch& batch, const void* __restric
   float q[kHeads][8], acc[kHeads][8];
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
-    const int at = sequence * batch.query_stride + (head0 + min(h, taken - 1)) * batch.head_size + element;
+    const int head = head0 + min(h, taken - 1);
+    const int at = sequence * batch.query_stride + head * batch.head_size + element;
     const bool half = batch.flags & kHalfQuery;
     put(q[h], quad(query, half, at));
     put(q[h] + 4, quad(query, half, at + 4));
@@ -382,7 +392,8 @@ __device__ __forceinline__ void decode(const Batch& batch, const void* __restric
     }
     const int head = sequence * heads + head0 + h;
     if (split.keys > split.part) {
-      float* to = partial + (static_cast<size_t>(head) * splits + blockIdx.y) * (batch.head_size + 4);
+      const size_t slot = static_cast<size_t>(head) * splits + blockIdx.y;
+      float* to = partial + slot * (batch.head_size + 4);
       put(to + i, v);
       if (!i) put(to + batch.head_size, make_float4(most, all, 0.f, 0.f));
     } else {
@@ -476,7 +487,7 @@ __device__ __forceinline__ void prefill(const Batch& batch, const void* __restri
   __shared__ float4 memory[kStaged / 4];
   __shared__ int query_at[kTile], out_at[kTile], position[kTile];
   __shared__ float slope[kTile];
-  __shared__ float2 state[kTile];  // of a row: its largest score and its weight so far
+  __shared__ float2 state[kTile];            // of a row: its largest score and its weight so far
   __shared__ const KV* key_rows[kTileKeys];  // in order of the lanes that take them, eight each
   float* staged_query = reinterpret_cast<float*>(memory);
   float* staged_key = staged_query + staged_at(kTile, kDepth, 0);
@@ -491,7 +502,8 @@ __device__ __forceinline__ void prefill(const Batch& batch, const void* __restri
   const int rows = queries * group;
   const int lane = threadIdx.x & 31, tx = threadIdx.x & 7, ty = threadIdx.x >> 3;
   // What this thread stages: of queries and keys quad `part` of a piece, and every 16th column; of
-  // values a quad that begins at `dim`, and every kValueStep'th row.
+  // values a quad that begins at `dim`, and every kValueStep'th row. `slot` is the column's in
+  // key_rows: 16 columns on are 32 slots, 32 columns on are 4.
   const int part = threadIdx.x & 3, column = threadIdx.x >> 2, slot = column / 4 * 8 + column % 4;
   const int dim = threadIdx.x % (kSize / 4) * 4, value_row = threadIdx.x / (kSize / 4);
   const size_t row_size = static_cast<size_t>(batch.kv_heads) * batch.head_size;
@@ -514,7 +526,6 @@ __device__ __forceinline__ void prefill(const Batch& batch, const void* __restri
     slope[threadIdx.x] = batch.slopes ? __ldg(batch.slopes + head) : 0.f;
     state[threadIdx.x] = make_float2(kNone, 0.f);
   }
-
   __syncthreads();
 
   float acc[kRows][4 * kQuads];
@@ -527,8 +538,8 @@ __device__ __forceinline__ void prefill(const Batch& batch, const void* __restri
 #pragma unroll 1
   for (int key0 = batch.window ? max(0, first - batch.window + 1) : 0; key0 <= last;
        key0 += kTileKeys) {
-    key_rows[threadIdx.x] =
-        keys + batch.row(sequence, min(key0 + column_of(threadIdx.x >> 3, threadIdx.x & 7), last)) * row_size;
+    const int key_of_slot = key0 + column_of(threadIdx.x >> 3, threadIdx.x & 7);
+    key_rows[threadIdx.x] = keys + batch.row(sequence, min(key_of_slot, last)) * row_size;
     float s[kRows][kKeys];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -569,18 +580,21 @@ __device__ __forceinline__ void prefill(const Batch& batch, const void* __restri
       for (int i = 0; i < kTile; i += 16) {
         float* to = staged_query + staged_at(kTile, 4 * part, i + column);
         const float4 v = q[i / 16];
-        to[0] = use * v.x, to[kTile] = use * v.y, to[2 * kTile] = use * v.z, to[3 * kTile] = use * v.w;
+        to[0] = use * v.x, to[kTile] = use * v.y;
+        to[2 * kTile] = use * v.z, to[3 * kTile] = use * v.w;
       }
       __syncthreads();
 #pragma unroll
       for (int d = 0; d < kDepth; ++d) {
         float a[kRows], b[kKeys];
+        const float* rows_at = staged_query + staged_at(kTile, d, 4 * ty);
+        const float* keys_at = staged_key + staged_at(kTileKeys, d, 4 * tx);
 #pragma unroll
         for (int r = 0; r < kRows; r += 4)
-          put(a + r, *reinterpret_cast<const float4*>(staged_query + staged_at(kTile, d, 8 * r + 4 * ty)));
+          put(a + r, *reinterpret_cast<const float4*>(rows_at + column_of(0, r)));
 #pragma unroll
         for (int j = 0; j < kKeys; j += 4)
-          put(b + j, *reinterpret_cast<const float4*>(staged_key + staged_at(kTileKeys, d, 8 * j + 4 * tx)));
+          put(b + j, *reinterpret_cast<const float4*>(keys_at + column_of(0, j)));
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -713,7 +727,7 @@ __device__ __forceinline__ void prefill(const Batch& batch, const void* __restri
 // KV, the head size, heads, loads of a step. Bounded to one block at least, or else the compiler
 // spills registers to let more fit.
 #define PAGED_ATTENTION(NAME, KV, SIZE, HEADS, UNROLL)                                            \
-  extern "C" __global__ void __launch_bounds__(attention::kDecodeThreads, 1)                            \
+  extern "C" __global__ void __launch_bounds__(attention::kDecodeThreads, 1)                      \
       paged_attention_##NAME##_d##SIZE##_h##HEADS(const void* query, const KV* cache, void* out,  \
                                                   float* partial, ATTENTION_BATCH, int splits) {  \
     ATTENTION_MAKE_BATCH                                                                          \

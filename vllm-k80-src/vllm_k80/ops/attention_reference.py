@@ -108,8 +108,8 @@ def check_integers(
     ):
         raise ValueError(
             f"{name}: {argument} is {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()} "
-            f"on {x.device}; torch.int32 of {('', '', 'contiguous rows, ')[dimensions]}{rows} in "
-            f"all, on {kv_cache.device}, is supported"
+            f"on {x.device}; torch.int32 of {rows}{' contiguous rows' if dimensions == 2 else ''} "
+            f"on {kv_cache.device} is supported"
         )
 
 
