@@ -259,13 +259,13 @@ def main() -> int:
         "instr/w",
     )
     print("Predicted microseconds on one K80 die (simulated, not measured):")
-    print("{:24} {:>6} {:>6} {:>2} {:>5} {:>9} {:>7} {:>7} {:>4} {:>5} {:>7}".format(*columns))
+    print("{:28} {:>6} {:>6} {:>2} {:>5} {:>9} {:>7} {:>7} {:>4} {:>5} {:>7}".format(*columns))
     baseline = json.loads(BASELINE.read_text())
     for case in cases(kernels, quick):
         line = predict(kernels, case)
         report.append(line)
         print(
-            "{kernel:24} {n:>6} {k:>6} {m:>2} {group:>5} {predicted_us:>9} {predicted_us_tex32:>7} "
+            "{kernel:28} {n:>6} {k:>6} {m:>2} {group:>5} {predicted_us:>9} {predicted_us_tex32:>7} "
             "{dram_bound_us:>7} {registers:>4} {occupancy:>5} "
             "{instructions_per_weight:>7}".format(**line),
             flush=True,
@@ -279,7 +279,7 @@ def main() -> int:
         if case.kernel == "naive_gemv_w4":
             measured = MEASURED_US[case.n, case.k]
             ratio = line["predicted_us"] / measured
-            print(f"{'':24} a prototype of its structure, measured: {measured}; ratio {ratio:.2f}")
+            print(f"{'':28} a prototype of its structure, measured: {measured}; ratio {ratio:.2f}")
     if paths:
         Path(paths[0]).parent.mkdir(parents=True, exist_ok=True)
         Path(paths[0]).write_text(json.dumps(report, indent=1) + "\n")
