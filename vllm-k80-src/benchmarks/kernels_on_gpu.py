@@ -3,7 +3,7 @@
 The fat binary carries PTX beside the code for the K80, so any newer GPU can run the very
 kernels. Needs torch with CUDA and `vllm_k80/kernels/vllm_k80.fatbin` (csrc/build.sh), not vLLM.
 
-    python benchmarks/kernels_on_gpu.py {norms,gemv} [RESULT.json]
+    python benchmarks/kernels_on_gpu.py {norms,gemv,attention} [RESULT.json]
 
 Exit status 1 if any result is off. Times are those of this GPU, not of a K80.
 """
@@ -20,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import attention_on_gpu
 import gemv_on_gpu
 from measure import error, microseconds
 
@@ -112,7 +113,11 @@ def time_all() -> list[dict[str, Any]]:
     return rows
 
 
-SUITES = {"norms": (compare, time_all), "gemv": (gemv_on_gpu.compare, gemv_on_gpu.time_all)}
+SUITES = {
+    "norms": (compare, time_all),
+    "gemv": (gemv_on_gpu.compare, gemv_on_gpu.time_all),
+    "attention": (attention_on_gpu.compare, attention_on_gpu.time_all),
+}
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 TOOLS = Path(__file__).parent.parent / "tools"
@@ -13,7 +14,7 @@ sys.path.insert(0, str(TOOLS))
 import kernels_predict  # noqa: E402
 import smx  # noqa: E402
 
-from vllm_k80.ops import driver  # noqa: E402
+from vllm_k80.ops import attention_kernels, driver  # noqa: E402
 
 STALL = 0x21  # wait one clock
 PAIR = 0x04  # issue with the next
@@ -35,7 +36,7 @@ def run(*instructions: str, blocks: int = 1, warps: int = 1, codes: int = STALL,
     launch = smx.Launch(
         (blocks, 1),
         32 * warps,
-        [smx.Pointer(1 << 20), smx.Pointer(1 << 20)],
+        other.get("arguments", [smx.Pointer(1 << 20), smx.Pointer(1 << 20)]),
         other.get("registers", 32),
         other.get("shared_bytes", 0),
     )
@@ -109,6 +110,83 @@ def test_lanes_that_branch_apart_meet_again() -> None:
     assert run(*code).warp_instructions["fp"] == 2
 
 
+FIRST = ["MOV R4, c[0x0][0x140]", "MOV R5, c[0x0][0x144]"]  # the first argument, a pointer
+
+
+def iterations(*code: str, contents: list[int]) -> int:
+    """How often a loop runs whose bound ``code`` puts into R2; at least once."""
+    buffer = np.array(contents, dtype=np.int32)
+    before = [*FIRST, *code, "MOV R0, RZ"]
+    number = len(before) + 1  # of the instruction that the loop begins with, from 1
+    again = 8 * (number + (number - 1) // 7)
+    body = ["FADD R1, R1, R1", "IADD32I R0, R0, 0x1", "ISETP.LT.AND P0, PT, R0, R2, PT"]
+    result = run(
+        *before,
+        *body,
+        f"@P0 BRA 0x{again:x}",
+        arguments=[smx.Pointer(buffer.nbytes, buffer)],
+        shared_bytes=256,
+    )
+    return result.warp_instructions["fp"]
+
+
+def test_a_loop_may_depend_on_what_a_buffer_holds() -> None:
+    assert iterations("LDG.E.P R2, [R4+0x4]", "TEXDEPBAR 0x0", contents=[3, 21]) == 21
+    assert iterations("LDG.E.64.P R2, [R4]", "TEXDEPBAR 0x0", contents=[5, 9]) == 5
+
+
+def test_loaded_values_go_through_shared_memory_and_shuffles() -> None:
+    shared = ["LDG.E.P R6, [R4]", "STS [RZ+0x10], R6", "LDS R2, [RZ+0x10]"]
+    assert iterations(*shared, contents=[17]) == 17
+    # Lane l holds l; each takes that of the lane with the opposite last bit, and then of lane 9.
+    lanes = [
+        "S2R R6, SR_TID.X",
+        "SHFL.BFLY PT, R6, R6, 0x1, 0x1f",
+        "SHFL.IDX PT, R2, R6, 0x9, 0x1f",
+    ]
+    assert iterations(*lanes, contents=[0]) == 8
+
+
+def test_bytes_are_permuted() -> None:
+    code = ["LDG.E.P R6, [R4]", "PRMT R2, RZ, 0x765, R6"]  # bytes 1 to 3 of it, and a zero
+    assert iterations(*code, contents=[0x1234]) == 0x12
+
+
+def test_a_vote_gathers_lanes() -> None:
+    code = [
+        "S2R R6, SR_TID.X",
+        "ISETP.LT.AND P1, PT, R6, 0x4, PT",
+        "VOTE.ANY R2, PT, P1",
+    ]
+    assert iterations(*code, contents=[0]) == 0b1111
+
+
+def test_integers_are_divided_as_the_compiler_does_it() -> None:
+    """100 / 7, by the reciprocal in FP32 and one correction."""
+    code = [
+        "LDG.E.64.P R6, [R4]",
+        "TEXDEPBAR 0x0",
+        "I2F.F32.U32.RP R8, R7",
+        "MUFU.RCP R8, R8",
+        "IADD32I R8, R8, 0xffffffe",
+        "F2I.FTZ.U32.F32.TRUNC R8, R8",
+        "IMAD R9, -R8, R7, RZ",
+        "IMAD.U32.U32.HI R8, R8, R9, R8",
+        "IMUL.U32.U32.HI R2, R8, R6",
+        "IMAD R9, -R2, R7, R6",
+        "ISETP.GE.U32.AND P1, PT, R9, R7, PT",
+        "@P1 IADD32I R2, R2, 0x1",
+    ]
+    assert iterations(*code, contents=[100, 7]) == 14
+
+
+def test_blocks_have_three_numbers() -> None:
+    code = ["S2R R2, SR_CTAID.Z", "ISETP.EQ.AND P0, PT, R2, 0x2, PT", "@!P0 EXIT"]
+    launch = smx.Launch((1, 13, 4), 32, [], 32, 0)  # this SMX gets (0, 0, z)
+    result = smx.simulate(listing(*code, "FADD R1, R1, R1"), "k", launch)
+    assert result.warp_instructions["fp"] == 1
+
+
 def test_occupancy_is_bound_by_registers_shared_memory_and_slots() -> None:
     def blocks(registers: int, shared: int, threads: int = 256) -> int:
         return smx.occupancy(smx.Launch((1, 1), threads, [], registers, shared))
@@ -121,14 +199,35 @@ def test_an_unknown_kernel_is_named() -> None:
         smx.parse(listing(), "other")
 
 
-def test_the_int4_kernel_is_not_predicted_slower_than_before() -> None:
+@pytest.fixture(scope="module")
+def kernels() -> dict[str, kernels_predict.Compiled]:
     if not driver.available() or shutil.which("cuobjdump") is None:
         pytest.skip("no fat binary or no cuobjdump here: csrc/build.sh vllm_k80/kernels")
-    kernels = kernels_predict.compiled(driver.FAT_BINARY)
-    case = kernels_predict.gemv(kernels, "w4_f16", 512, 1024, 1)
+    return kernels_predict.compiled(driver.FAT_BINARY)
+
+
+def is_not_slower(kernels: dict[str, kernels_predict.Compiled], case: kernels_predict.Case) -> None:
     used = kernels[case.kernel]
     now = smx.simulate(used.sass, case.kernel, case.launch).microseconds
-    before = json.loads(kernels_predict.BASELINE.read_text())[
-        "gemv_w4_f16_m1 n=512 k=1024 m=1 group=128"
-    ]
+    key = f"{case.kernel} n={case.n} k={case.k} m={case.m} group={case.group}"
+    before = json.loads(kernels_predict.BASELINE.read_text())[key]
     assert now <= kernels_predict.ALLOWED_GROWTH * before
+
+
+def test_the_int4_kernel_is_not_predicted_slower_than_before(kernels) -> None:
+    is_not_slower(kernels, kernels_predict.gemv(kernels, "w4_f16", 512, 1024, 1))
+
+
+def test_attention_is_not_predicted_slower_than_before(kernels) -> None:
+    for case in kernels_predict.paged_attention(kernels, 32, 8, 512, 1):
+        is_not_slower(kernels, case)
+    is_not_slower(kernels, kernels_predict.varlen_attention(kernels, 2, 2, 128))
+
+
+def test_decode_is_split_as_the_operator_does_it(kernels) -> None:
+    for sequences, kv_heads in ((1, 8), (1, 32), (8, 8), (3, 4)):
+        case = kernels_predict.paged_attention(kernels, 32, kv_heads, 2048, sequences)[0]
+        tiles, splits, _ = case.launch.grid
+        group = attention_kernels.tile_of_heads(32 // kv_heads)
+        assert tiles == kv_heads * -(-(32 // kv_heads) // group)
+        assert splits == attention_kernels.splits(sequences * tiles, 2048)

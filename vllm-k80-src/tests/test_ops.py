@@ -1,7 +1,5 @@
 """The operators against independent formulations, in FP64 where it matters."""
 
-import math
-
 import pytest
 import torch
 
@@ -107,85 +105,6 @@ def test_arithmetic_is_fp32_when_storage_is_fp16() -> None:
     assert vllm_k80.linear(x, weight).item() == 16.0
 
 
-def attention(query, keys, values, scale, window=0, soft_cap=0.0, slopes=None):
-    """One sequence, one head at a time, one query at a time, in FP64."""
-    queries, heads, size = query.shape
-    length, kv_heads, _ = keys.shape
-    out = torch.empty(queries, heads, size, dtype=torch.float64)
-    for head in range(heads):
-        key, value = (t[:, head * kv_heads // heads].double() for t in (keys, values))
-        for index in range(queries):
-            position = length - queries + index
-            first = max(0, position - window + 1) if window else 0
-            scores = []
-            for other in range(first, position + 1):
-                score = float(query[index, head].double() @ key[other]) * scale
-                if soft_cap:
-                    score = soft_cap * math.tanh(score / soft_cap)
-                if slopes is not None:
-                    score -= slopes[head] * (position - other)
-                scores.append(score)
-            weights = torch.tensor(scores, dtype=torch.float64).softmax(0)
-            out[index, head] = weights @ value[first : position + 1]
-    return out
-
-
-@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "size", "options"),
-    [
-        (4, 4, 64, {}),
-        (9, 3, 64, {}),
-        (8, 1, 80, {"window": 5}),
-        (4, 2, 128, {"soft_cap": 5.0}),
-        (2, 2, 32, {"slopes": [0.5, 0.25]}),
-    ],
-)
-def test_varlen_attention_over_the_paged_cache(heads, kv_heads, size, options, cache_dtype) -> None:
-    """A prefill, a chunk, a decode and an idle sequence in one batch, in scattered blocks."""
-    block_size, lengths, queries = 4, [7, 13, 9, 3], [7, 5, 1, 0]
-    starts = torch.tensor([0, 7, 12, 13, 13], dtype=torch.int32)
-    tables = torch.tensor([[5, 2, 0, 0], [7, 1, 9, 4], [3, 8, 6, 0], [10, 0, 0, 0]])
-    cache = torch.full((2, 12, block_size, kv_heads, size), 99.0, dtype=cache_dtype)
-    keys = [random(n, kv_heads, size, seed=n).to(cache_dtype) for n in lengths]
-    values = [random(n, kv_heads, size, seed=n + 1).to(cache_dtype) for n in lengths]
-    for row, key, value in zip(tables, keys, values, strict=True):
-        slots = torch.tensor(
-            [row[i // block_size] * block_size + i % block_size for i in range(len(key))]
-        )
-        vllm_k80.reshape_and_cache(key.float(), value.float(), cache, slots)
-    query = random(13, heads, size, seed=99)
-    out = torch.full((14, heads, size), -1.0)  # one padded row, which must stay as it is
-    slopes = options.get("slopes")
-    vllm_k80.varlen_attention(
-        query,
-        cache,
-        out,
-        starts,
-        torch.tensor(lengths, dtype=torch.int32),
-        tables.int(),
-        size**-0.5,
-        options.get("window", 0),
-        options.get("soft_cap", 0.0),
-        None if slopes is None else torch.tensor(slopes),
-    )
-    for index, count in enumerate(queries):
-        part = slice(int(starts[index]), int(starts[index]) + count)
-        expected = attention(query[part], keys[index], values[index], size**-0.5, **options)
-        torch.testing.assert_close(out[part], expected.float(), atol=2e-6, rtol=1e-5)
-    assert (out[13] == -1.0).all()
-
-
-def test_padded_tokens_are_written_to_block_zero_only() -> None:
-    cache = torch.zeros(2, 3, 4, 1, 8)
-    slots = torch.tensor([6, -1])
-    vllm_k80.reshape_and_cache(torch.ones(2, 1, 8), torch.ones(2, 1, 8), cache, slots)
-    assert cache[:, 1, 2].eq(1).all()
-    cache[:, 1, 2] = 0
-    cache[:, 0] = 0
-    assert not cache.any()
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -206,18 +125,6 @@ def test_padded_tokens_are_written_to_block_zero_only() -> None:
                 torch.ones(1, 32), torch.zeros(2, 32, dtype=torch.int8), torch.ones(2, 5)
             ),
             "does not divide",
-        ),
-        (
-            lambda: vllm_k80.varlen_attention(
-                torch.ones(1, 3, 8),
-                torch.ones(2, 1, 4, 2, 8),
-                torch.ones(1, 3, 8),
-                torch.tensor([0, 1]),
-                torch.tensor([1]),
-                torch.tensor([[0]]),
-                1.0,
-            ),
-            "3 query heads are not a multiple of 2",
         ),
     ],
 )

@@ -8,6 +8,9 @@ list of {kernel, n, k, m, group, predicted_us, predicted_us_tex32, dram_bound_us
 occupancy, instructions_per_weight}. predicted_us_tex32 has the read-only cache's bandwidth
 halved, the model's least certain setting. Needs nvcc and cuobjdump of CUDA 11 and numpy.
 
+Of attention, n are query heads of 128 elements, k is the tokens of context, m the sequences and
+group the query heads that share a key head; its cache is FP16 and its elements count as weights.
+
 Exit status 1 if a kernel spills registers or is slower than tools/kernels_baseline.json says by
 more than 3 %. Every time is a prediction; nothing here was measured.
 """
@@ -22,12 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import smx
 
 SOURCE = Path(__file__).parent.parent
 BASELINE = Path(__file__).parent / "kernels_baseline.json"
 ALLOWED_GROWTH = 1.03
 SHAPES_7B = ((4096, 4096), (11008, 4096), (4096, 11008))
+HEAD_SIZE = 128
 SHAPES_13B = ((5120, 5120), (13824, 5120), (5120, 13824))
 # The vllm37 project's INT4 prototype (group 128) on a real die, CUDA 11.4, in microseconds: our
 # naive kernel has its structure.
@@ -47,7 +52,10 @@ class Compiled:
 
 @dataclass
 class Case:
-    """A launch to predict: rows n, columns k, rows of x m, bytes that it must read or write."""
+    """A launch to predict: rows n, columns k, rows of x m, bytes that it must read or write.
+
+    See the module for what n, k and m are of attention.
+    """
 
     kernel: str
     n: int
@@ -56,6 +64,7 @@ class Case:
     launch: smx.Launch
     least_bytes: float
     group: int  # columns that share a scale, 0 for none
+    weights: float = 0  # elements of the weight, or of the cache; 0 is n x k
 
 
 def _cuobjdump(binary: Path, *options: str) -> str:
@@ -115,6 +124,65 @@ def gemv(kernels: dict[str, Compiled], kind: str, n: int, k: int, m: int, group:
     return Case(name, n, k, m, launch, least, 0 if kind == "f16" else group)
 
 
+def _cached(heads: int, kv_heads: int, context: int, sequences: int) -> tuple[Any, ...]:
+    """ATTENTION_BATCH of csrc/attention.cu, and how many bytes the cache has.
+
+    The sequences' blocks are of 16 tokens and scattered. Addresses depend on lengths and table, so
+    the buffers have contents.
+    """
+    pages = -(-context // 16) * sequences
+    table = np.random.default_rng(0).permutation(pages).astype(np.int32)
+    lengths = np.full(sequences, context, np.int32)
+    width, scale = pages // sequences, int(np.float32(HEAD_SIZE**-0.5).view(np.int32))
+    shape = [kv_heads, heads // kv_heads, HEAD_SIZE, heads * HEAD_SIZE, pages, 4, width, width]
+    tensors = [smx.Pointer(x.nbytes, x) for x in (lengths, table)]
+    return [*tensors, smx.Pointer(0), *shape, 0, 0, scale, 0], 4 * pages * 16 * kv_heads * HEAD_SIZE
+
+
+def paged_attention(
+    kernels: dict[str, Compiled], heads: int, kv_heads: int, context: int, sequences: int
+) -> list[Case]:
+    """Decode: the kernel and, if there are several splits, the one that combines them."""
+    group = heads // kv_heads
+    tile = 1 if group == 1 else 4 if group <= 4 else 8  # vllm_k80/ops/attention_kernels.py
+    tiles = kv_heads * -(-group // tile)
+    splits = max(1, 65 // (sequences * tiles))
+    batch, cache = _cached(heads, kv_heads, context, sequences)
+    rows = smx.Pointer(4 * sequences * heads * HEAD_SIZE)
+    partial = smx.Pointer(4 * sequences * heads * splits * (HEAD_SIZE + 4))
+
+    def case(
+        name: str, grid: tuple[int, ...], arguments: list[Any], least: float, weights: float
+    ) -> Case:
+        used = kernels[name]
+        launch = smx.Launch(grid, 128, arguments, used.registers, used.shared_bytes, used.constants)
+        return Case(name, heads, context, sequences, launch, least, group, weights)
+
+    arguments = [rows, smx.Pointer(cache), rows, partial, *batch, splits]
+    name = f"paged_attention_f16_d128_h{tile}"
+    cases = [case(name, (tiles, splits, sequences), arguments, cache + 2 * rows.size, cache / 2)]
+    if splits > 1:
+        arguments = [partial, rows, batch[0], HEAD_SIZE, context, 0, splits, 0]
+        least, results = partial.size + rows.size, partial.size / 4
+        name = "paged_attention_combine"
+        cases.append(case(name, (heads, sequences), arguments, least, results))
+    return cases
+
+
+def varlen_attention(kernels: dict[str, Compiled], heads: int, kv_heads: int, tokens: int) -> Case:
+    """Prefill of one sequence; its weights are the products that causality leaves."""
+    name, group = "varlen_attention_f16_d128", heads // kv_heads
+    batch, cache = _cached(heads, kv_heads, tokens, 1)
+    rows = smx.Pointer(4 * tokens * heads * HEAD_SIZE)
+    starts = np.array([0, tokens], np.int32)
+    arguments = [rows, smx.Pointer(cache), rows, smx.Pointer(8, starts), *batch, tokens]
+    used = kernels[name]
+    grid = (kv_heads, -(-tokens * group // 64), 1)
+    launch = smx.Launch(grid, 64, arguments, used.registers, used.shared_bytes, used.constants)
+    products = 2 * heads * HEAD_SIZE * tokens * (tokens + 1) / 2
+    return Case(name, heads, tokens, 1, launch, cache + 2 * rows.size, group, products)
+
+
 def naive(kernels: dict[str, Compiled], n: int, k: int) -> Case:
     """The naive kernel."""
     sizes = (n * k // 2, n * k // 32, n * k // 32, 4 * k, 4 * n)
@@ -133,7 +201,7 @@ def predict(kernels: dict[str, Compiled], case: Case) -> dict[str, Any]:
     first = smx.simulate(used.sass, case.kernel, case.launch)
     halved = smx.SETTINGS | {"texture_bytes": smx.SETTINGS["texture_bytes"] / 2}
     second = smx.simulate(used.sass, case.kernel, case.launch, halved)
-    weights_an_smx = case.n * case.k / smx.SETTINGS["smx"]
+    weights_an_smx = (case.weights or case.n * case.k) / smx.SETTINGS["smx"]
     return {
         "kernel": case.kernel,
         "n": case.n,
@@ -155,7 +223,11 @@ def cases(kernels: dict[str, Compiled], quick: bool) -> list[Case]:
     shapes = SHAPES_7B[:1] if quick else SHAPES_7B + SHAPES_13B
     chosen = [gemv(kernels, "w4_f16", n, k, 1) for n, k in shapes]
     chosen += [gemv(kernels, kind, n, k, 1) for kind in ("w8_f16", "f16") for n, k in shapes[:3]]
+    chosen += paged_attention(kernels, 32, 8, 2048, 1)
     if not quick:
+        for kv_heads, sequences in ((32, 1), (8, 8), (32, 8)):
+            chosen += paged_attention(kernels, 32, kv_heads, 2048, sequences)
+        chosen.append(varlen_attention(kernels, 16, 4, 256))
         chosen += [
             gemv(kernels, kind, 4096, 4096, m)
             for kind in ("w4_f16", "w8_f16", "f16")
@@ -187,13 +259,13 @@ def main() -> int:
         "instr/w",
     )
     print("Predicted microseconds on one K80 die (simulated, not measured):")
-    print("{:18} {:>6} {:>6} {:>2} {:>5} {:>9} {:>7} {:>7} {:>4} {:>5} {:>7}".format(*columns))
+    print("{:28} {:>6} {:>6} {:>2} {:>5} {:>9} {:>7} {:>7} {:>4} {:>5} {:>7}".format(*columns))
     baseline = json.loads(BASELINE.read_text())
     for case in cases(kernels, quick):
         line = predict(kernels, case)
         report.append(line)
         print(
-            "{kernel:18} {n:>6} {k:>6} {m:>2} {group:>5} {predicted_us:>9} {predicted_us_tex32:>7} "
+            "{kernel:28} {n:>6} {k:>6} {m:>2} {group:>5} {predicted_us:>9} {predicted_us_tex32:>7} "
             "{dram_bound_us:>7} {registers:>4} {occupancy:>5} "
             "{instructions_per_weight:>7}".format(**line),
             flush=True,
@@ -207,7 +279,7 @@ def main() -> int:
         if case.kernel == "naive_gemv_w4":
             measured = MEASURED_US[case.n, case.k]
             ratio = line["predicted_us"] / measured
-            print(f"{'':18} a prototype of its structure, measured: {measured}; ratio {ratio:.2f}")
+            print(f"{'':28} a prototype of its structure, measured: {measured}; ratio {ratio:.2f}")
     if paths:
         Path(paths[0]).parent.mkdir(parents=True, exist_ok=True)
         Path(paths[0]).write_text(json.dumps(report, indent=1) + "\n")

@@ -7,13 +7,15 @@ differ by more than about 30 %. It is a prediction, never a measurement: the set
 The model, one SMX of the die with its share of the memory:
 
 - Warps execute the code, integers and control flow for all 32 lanes, so that addresses, loops and
-  divergence are the real ones. Floating-point results and loaded values are not computed: they
-  read as zero. Kernels whose loops or addresses depend on them cannot be predicted so.
-- Four schedulers; a warp belongs to one. Each issues the oldest ready warp's next instruction in
-  a clock, and the one after it too where the compiler's control code allows both at once. Control
-  codes also set the least distance to the next instruction. Registers become ready after the
-  latency of what writes them. Schedulers are served in one order: of a unit that is saturated the
-  last gets least, which exaggerates the end of kernels bound by FP32 alone.
+  divergence are the real ones. Loads give what the buffer holds if its `Pointer` says so, else
+  nothing that means anything; shared memory and shuffles carry values on. Floating-point results
+  are not computed, but for what the compiler divides integers with: comparisons of them compare
+  zeros. Kernels whose loops or addresses depend on them cannot be predicted so.
+- Four schedulers, to which warps belong in turn. Each issues the oldest ready warp's next
+  instruction in a clock, and the one after it too where the compiler's control code allows both at
+  once. Control codes also set the least distance to the next instruction. Registers become ready
+  after the latency of what writes them. Schedulers are served in one order: of a unit that is
+  saturated the last gets least, which exaggerates the end of kernels bound by FP32 alone.
 - Units take so many warps a clock (CUDA C++ programming guide, throughput of arithmetic
   instructions, 3.7): FP32 6, integer add and logic 5, shift 2, conversion and special functions 1.
 - Shared memory serves `shared_bytes` a clock and replays for bank conflicts. The read-only path
@@ -68,6 +70,7 @@ _CLASS = {
     "ST": "memory",
     "BAR": "barrier",
     "TEXDEPBAR": "wait",
+    "VOTE": "int",
 }
 
 
@@ -169,9 +172,12 @@ def parse(sass: str, kernel: str) -> list[Instruction]:
             )
         )
         if name == "S2R":
-            program[-1].operands[1].value = ("SR_TID.X", "SR_CTAID.X", "SR_CTAID.Y").index(
-                rest.split(",")[1].strip()
-            )
+            program[-1].operands[1].value = (
+                "SR_TID.X",
+                "SR_CTAID.X",
+                "SR_CTAID.Y",
+                "SR_CTAID.Z",
+            ).index(rest.split(",")[1].strip())
     return program
 
 
@@ -186,7 +192,7 @@ def _instruction(i: Instruction) -> Instruction:
     store = i.name in ("ST", "STS")
     words = max(1, i.width // 4)
     destinations = 0 if store or i.unit in ("branch", "barrier", "wait") else 1
-    if i.name in ("ISETP", "FSETP", "PSETP", "SHFL"):
+    if i.name in ("ISETP", "FSETP", "PSETP", "SHFL", "VOTE"):
         destinations = 2
     reads: list[int] = []
     writes: list[int] = []
@@ -215,10 +221,11 @@ def _instruction(i: Instruction) -> Instruction:
 class Launch:
     """How a kernel is launched.
 
-    ``arguments`` in order: integers of 32 bits, or `Pointer` for a buffer of so many bytes.
+    ``grid`` has up to three dimensions. ``arguments`` in order: integers of 32 bits, or `Pointer`
+    for a buffer of so many bytes.
     """
 
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     block: int
     arguments: list["int | Pointer"]
     registers: int
@@ -228,9 +235,13 @@ class Launch:
 
 @dataclass
 class Pointer:
-    """An argument that points to a buffer of ``size`` bytes; 0 is null."""
+    """An argument that points to a buffer of ``size`` bytes; 0 is null.
+
+    ``contents``, if loops or addresses depend on it, is what the kernel finds there.
+    """
 
     size: int
+    contents: np.ndarray | None = None
 
 
 @dataclass
@@ -267,8 +278,9 @@ class _Warp:
 
 @dataclass
 class _Block:
-    index: tuple[int, int]
+    index: tuple[int, int, int]
     alive: int
+    shared: np.ndarray  # as 32-bit words
     waiting: list[_Warp] = field(default_factory=list)
 
 
@@ -281,11 +293,15 @@ class _Code:
         self.bank0 = np.zeros(0x400, dtype=np.uint8)
         self.bank2 = np.frombuffer(launch.constants.ljust(0x400, b"\0"), dtype=np.uint8)
         self.bank0[0x28:0x2C] = np.frombuffer(np.uint32(launch.block).tobytes(), np.uint8)
+        self.contents: list[tuple[int, np.ndarray]] = []  # address and 32-bit words of buffers
         offset, free = 0x140, 1 << 32  # where arguments start on this card; buffers anywhere
         for argument in launch.arguments:
             if isinstance(argument, Pointer):
                 offset = -(-offset // 8) * 8
                 value, size = np.uint64(free if argument.size else 0), 8
+                if argument.contents is not None:
+                    words = np.frombuffer(argument.contents.tobytes(), np.uint32)
+                    self.contents.append((free, words))
                 free += -(-argument.size // 4096) * 4096 + 4096
             else:
                 value, size = np.uint32(argument & 0xFFFFFFFF), 4
@@ -322,11 +338,16 @@ class _Code:
 
     def _compile(self, i: Instruction) -> Callable[[_Warp, np.ndarray], None] | None:
         """What ``i`` does to registers and predicates; None if that changes no time."""
+        if i.name in ("LDS", "STS") and i.width >= 4:
+            return self._move_shared(i)
+        if i.unit == "texture" and i.width >= 4 and self.contents:
+            return self._load(i)
         compute = self._compute(i)
         if compute is None:
             return None
-        if i.name in ("ISETP", "PSETP"):
-            first, second = i.operands[0].index, i.operands[1].index
+        if i.name in ("ISETP", "PSETP", "FSETP", "FCHK"):
+            first = i.operands[0].index
+            second = 7 if i.name == "FCHK" else i.operands[1].index
 
             def set_predicates(w: _Warp, mask: np.ndarray) -> None:
                 result, opposite = compute(w)
@@ -335,6 +356,26 @@ class _Code:
                         w.predicates[index] = np.where(mask, value, w.predicates[index])
 
             return set_predicates
+        if i.name == "VOTE":
+            ballot, result = i.operands[0].index, i.operands[1].index
+
+            def vote(w: _Warp, mask: np.ndarray) -> None:
+                lanes = compute(w) & mask
+                if ballot != _RZ:
+                    bits = int(np.packbits(lanes, bitorder="little").view(np.uint32)[0])
+                    w.registers[ballot] = np.where(mask, np.uint32(bits), w.registers[ballot])
+                if result != 7:
+                    said = lanes.any() if "ANY" in i.modifiers else (lanes == mask).all()
+                    w.predicates[result] = np.where(mask, said, w.predicates[result])
+
+            return vote
+        if i.name == "SHFL":
+            target = i.operands[1].index
+
+            def shuffle(w: _Warp, mask: np.ndarray) -> None:
+                w.registers[target] = np.where(mask, compute(w), w.registers[target])
+
+            return shuffle
         destination, sets_carry = i.operands[0].index, i.operands[0].carry
 
         def set_register(w: _Warp, mask: np.ndarray) -> None:
@@ -349,7 +390,42 @@ class _Code:
 
         return set_register
 
-    def _compute(self, i: Instruction) -> Callable[[_Warp], Any] | None:
+    def _move_shared(self, i: Instruction) -> Callable[[_Warp, np.ndarray], None]:
+        """A load from shared memory or a store to it."""
+        address = next(o for o in i.operands if o.kind == "address")
+        register = next(o.index for o in i.operands if o.kind == "register")
+        words = np.arange(i.width // 4)[:, None]
+
+        def move(w: _Warp, mask: np.ndarray) -> None:
+            lanes = mask if register != _RZ else np.zeros_like(mask)
+            base = w.registers[address.index] if address.index != _RZ else np.zeros_like(_LANES)
+            places = ((base[lanes] + np.uint32(address.value & 0xFFFFFFFF)) >> 2) + words
+            block = slice(register, register + len(words))
+            if i.name == "STS":
+                w.block.shared[places] = w.registers[block, lanes]
+            else:
+                w.registers[block, lanes] = w.block.shared[places]
+
+        return move
+
+    def _load(self, i: Instruction) -> Callable[[_Warp, np.ndarray], None]:
+        """A load from buffers whose contents are known; other registers stay as they are."""
+        register = i.operands[0].index
+
+        def load(w: _Warp, mask: np.ndarray) -> None:
+            if register == _RZ or not mask.any():
+                return
+            addresses = _addresses(w, i)
+            for start, contents in self.contents:
+                places = (addresses - np.uint64(start)).astype(np.int64) >> 2
+                lanes = mask & (places >= 0) & (places + i.width // 4 <= len(contents))
+                if lanes.any():
+                    for word in range(i.width // 4):
+                        w.registers[register + word, lanes] = contents[places[lanes] + word]
+
+        return load
+
+    def _compute(self, i: Instruction) -> Callable[..., Any] | None:
         wide, u32 = np.uint64, np.uint32
         name, modifiers = i.name, i.modifiers
         get = [self._value(o) for o in i.operands]
@@ -431,6 +507,20 @@ class _Code:
             start, length = i.operands[2].value & 0xFF, i.operands[2].value >> 8 & 0xFF
             mask = u32(((1 << length) - 1) << start & 0xFFFFFFFF)
             return lambda w: (get[3](w) & ~mask) | ((get[1](w) << u32(start)) & mask)
+        if name == "PRMT" and not modifiers:
+
+            def permute(w: _Warp) -> Any:
+                selector = get[2](w)
+                both = np.stack((get[1](w), get[3](w)), axis=1).view(np.uint8)  # little-endian
+                result = np.zeros(32, dtype=u32)
+                for byte in range(4):
+                    chosen = selector >> u32(4 * byte) & u32(15)
+                    value = both[_LANES, chosen & u32(7)]
+                    value = np.where(chosen & u32(8), (value >> 7) * np.uint8(255), value)
+                    result |= value.astype(u32) << u32(8 * byte)
+                return result
+
+            return permute
         if name in ("ISETP", "ICMP"):
             compare = {
                 "GE": np.greater_equal,
@@ -472,7 +562,65 @@ class _Code:
             return extreme
         if name == "SEL":
             return lambda w: np.where(get[3](w), get[1](w), get[2](w))
+        if name == "SHFL":
+            return self._shuffle(i, get)
+        if name == "VOTE":
+            return get[-1]
+        if name == "FCHK":  # whether a division is one of the rare ones
+            return lambda w: (False, False)
+        if name == "FSETP":  # of zeros
+            result = modifiers[0].removesuffix("U") in ("GE", "LE", "EQ")
+            return lambda w: (result & get[4](w), (not result) & get[4](w))
+        if name == "I2F":  # these three divide unsigned integers
+            return lambda w: _rounded(get[1](w), upwards="RP" in modifiers).view(u32)
+        if name == "MUFU" and modifiers[0] == "RCP":
+            return lambda w: (np.float32(1) / _nonzero(get[1](w).view(np.float32))).view(u32)
+        if name == "F2I":
+            most = np.float32(2**32 - 256)  # the largest FP32 that fits
+            return lambda w: np.clip(get[1](w).view(np.float32), 0, most).astype(u32)
         return None
+
+    def _shuffle(self, i: Instruction, get: list[Callable[[_Warp], Any]]) -> Callable[[_Warp], Any]:
+        """The values that lanes get from each other."""
+        lanes = _LANES.astype(np.int64)
+
+        def shuffled(w: _Warp) -> Any:
+            other = get[3](w).astype(np.int64)
+            limits = get[4](w).astype(np.int64)
+            kept = limits >> 8 & 31  # bits of a lane's number that it has in common with its source
+            first, last = lanes & kept, (limits & 31 & ~kept) | (lanes & kept)
+            source = {
+                "IDX": (other & 31 & ~kept) | first,
+                "BFLY": lanes ^ other,
+                "UP": lanes - other,
+                "DOWN": lanes + other,
+            }[i.modifiers[0]]
+            outside = source < last if i.modifiers[0] == "UP" else source > last
+            return get[2](w)[np.where(outside, lanes, source) & 31]
+
+        return shuffled
+
+
+def _addresses(w: _Warp, i: Instruction) -> np.ndarray:
+    """Where each lane's load or store goes."""
+    operand = next(o for o in i.operands if o.kind == "address")
+    addresses = w.registers[operand.index].astype(np.uint64)
+    if operand.index == _RZ:
+        addresses = np.zeros_like(addresses)
+    elif "E" in i.modifiers:
+        addresses |= w.registers[operand.index + 1].astype(np.uint64) << np.uint64(32)
+    return addresses + np.uint64(operand.value & 0xFFFFFFFFFFFFFFFF)
+
+
+def _rounded(values: np.ndarray, upwards: bool) -> np.ndarray:
+    """Integers as FP32, rounded to the nearest or upwards."""
+    result = values.astype(np.float32)
+    low = upwards & (result.astype(np.float64) < values)
+    return np.where(low, np.nextafter(result, np.float32(np.inf)), result)
+
+
+def _nonzero(values: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(values) < 1e-30, np.float32(1), values)
 
 
 class _Memory:
@@ -560,9 +708,11 @@ class _Smx:
         self.counts: dict[str, int] = {}
         self.replays: dict[bytes, int] = {}
         self.warps_a_block = -(-launch.block // 32)
-        width, height = launch.grid
-        step = int(settings["smx"])
-        self.pending = deque((n % width, n // width) for n in range(0, width * height, step))
+        width, height, depth = (*launch.grid, 1, 1)[:3]
+        self.pending = deque(
+            (n % width, n // width % height, n // (width * height))
+            for n in range(0, width * height * depth, int(settings["smx"]))
+        )
         self.age = 0
         # Of each scheduler: warps that wait for a time, and those that are ready, oldest first.
         self.later: list[list[tuple[float, int, _Warp]]] = [[] for _ in range(4)]
@@ -571,7 +721,9 @@ class _Smx:
     def _start_block(self, now: int) -> None:
         if not self.pending:
             return
-        block = _Block(self.pending.popleft(), self.warps_a_block)
+        words = -(-self.launch.shared_bytes // 4) + 1
+        shared = np.zeros(words, dtype=np.uint32)
+        block = _Block(self.pending.popleft(), self.warps_a_block, shared)
         for number in range(self.warps_a_block):
             self.age += 1
             self._queue(_Warp(block, number, self.age, now + 20))
@@ -585,7 +737,7 @@ class _Smx:
             left = i.operands[0].value if i.operands else 0
             if len(w.fetches) > left:
                 time = max(time, w.fetches[-1 - left])
-        heapq.heappush(self.later[w.number % 4], (math.ceil(time), w.age, w))
+        heapq.heappush(self.later[(w.age - 1) % 4], (math.ceil(time), w.age, w))
 
     def _unit(self, i: Instruction) -> str:
         return "shared" if i.unit == "memory" else i.unit  # both go through the load/store unit
@@ -686,11 +838,7 @@ class _Smx:
             return s["shared_latency"] - 8
         if i.unit not in ("shared", "texture", "memory") or not mask.any():
             return 0
-        operand = next(o for o in i.operands if o.kind == "address")
-        addresses = w.registers[operand.index].astype(np.uint64)
-        if "E" in i.modifiers:
-            addresses |= w.registers[operand.index + 1].astype(np.uint64) << np.uint64(32)
-        addresses = (addresses + np.uint64(operand.value & 0xFFFFFFFFFFFFFFFF))[mask]
+        addresses = _addresses(w, i)[mask]
         if i.unit == "shared":
             lanes = int(s["shared_bytes"]) // max(4, i.width)
             key = (addresses - (addresses[0] & ~np.uint64(127))).tobytes() + bytes((i.width,))

@@ -13,17 +13,18 @@ from vllm.attention.backends.abstract import AttentionBackend, AttentionImpl, At
 from vllm.v1.attention.backends.utils import AttentionMetadataBuilder, CommonAttentionMetadata
 
 from vllm_k80 import ops  # noqa: F401  (defines torch.ops.vllm_k80)
+from vllm_k80.ops.attention_reference import MAX_HEAD_SIZE
 
-# The references take any; multiples of 8 keep an FP16 row aligned for 16-byte loads.
-_HEAD_SIZES = list(range(8, 257, 8))
+# Multiples of 8 keep an FP16 row aligned for 16-byte loads.
+_HEAD_SIZES = list(range(8, MAX_HEAD_SIZE + 1, 8))
 
 
 @dataclass
 class K80AttentionMetadata:
     """One batch: where each sequence's queries and cache pages are.
 
-    Shapes are those of the operator `varlen_attention`; the first two tensors are on the host,
-    so that no operator waits for the device to learn them.
+    Shapes are those of the operator `varlen_attention`. The tensors are on the device and stay
+    there; the numbers are bounds that the host knows.
     """
 
     query_start_loc: Tensor
@@ -31,6 +32,8 @@ class K80AttentionMetadata:
     block_table: Tensor
     slot_mapping: Tensor
     num_actual_tokens: int
+    max_query_len: int
+    max_seq_len: int
 
 
 class K80MetadataBuilder(AttentionMetadataBuilder[K80AttentionMetadata]):
@@ -49,11 +52,13 @@ class K80MetadataBuilder(AttentionMetadataBuilder[K80AttentionMetadata]):
     ) -> K80AttentionMetadata:
         common = common_attn_metadata
         return K80AttentionMetadata(
-            query_start_loc=common.query_start_loc_cpu[: common.num_reqs + 1],
-            seq_lens=common.seq_lens_cpu[: common.num_reqs],
-            block_table=common.block_table_tensor,
+            query_start_loc=common.query_start_loc[: common.num_reqs + 1],
+            seq_lens=common.seq_lens[: common.num_reqs],
+            block_table=common.block_table_tensor[: common.num_reqs],
             slot_mapping=common.slot_mapping[: common.num_actual_tokens],
             num_actual_tokens=common.num_actual_tokens,
+            max_query_len=common.max_query_len,
+            max_seq_len=int(common.seq_lens_cpu[: common.num_reqs].max()),
         )
 
 
@@ -115,18 +120,30 @@ class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
             torch.ops.vllm_k80.reshape_and_cache(key, value, kv_cache, attn_metadata.slot_mapping)
         if self.alibi_slopes is not None and self.alibi_slopes.device != query.device:
             self.alibi_slopes = self.alibi_slopes.to(query.device)
-        torch.ops.vllm_k80.varlen_attention(
-            query[: attn_metadata.num_actual_tokens],
-            kv_cache,
-            output,
-            attn_metadata.query_start_loc,
-            attn_metadata.seq_lens,
-            attn_metadata.block_table,
-            self.scale,
-            self.window,
-            self.soft_cap,
-            self.alibi_slopes,
-        )
+        query = query[: attn_metadata.num_actual_tokens]
+        options = (self.scale, self.window, self.soft_cap, self.alibi_slopes)
+        # One query for each sequence: decode.
+        if attn_metadata.max_query_len == 1 and len(query) == len(attn_metadata.seq_lens):
+            torch.ops.vllm_k80.paged_attention(
+                query,
+                kv_cache,
+                output,
+                attn_metadata.seq_lens,
+                attn_metadata.block_table,
+                attn_metadata.max_seq_len,
+                *options,
+            )
+        else:
+            torch.ops.vllm_k80.varlen_attention(
+                query,
+                kv_cache,
+                output,
+                attn_metadata.query_start_loc,
+                attn_metadata.seq_lens,
+                attn_metadata.block_table,
+                attn_metadata.max_query_len,
+                *options,
+            )
         return output
 
 

@@ -42,6 +42,8 @@ class FwOp(AttentionFwOpBase):
             # Said of every CUDA input when xformers' own kernels were not built.
             if "build with CUDA" not in reason
         ]
+        if d.query.shape[-1] % 8:
+            reasons.append("the head size is no multiple of 8")
         if any(x.requires_grad for x in (d.query, d.key, d.value)):
             reasons.append("there is no backward pass")
         if d.query.shape[1] != d.key.shape[1] or (
@@ -55,7 +57,7 @@ class FwOp(AttentionFwOpBase):
     def apply(cls, inp: Inputs, needs_gradient: bool) -> tuple[torch.Tensor, None]:
         """Attention of [batch, tokens, heads, head_size] inputs; a result of the same shape.
 
-        Each sequence of keys and values is one page of a cache, as long as the longest.
+        Each sequence of keys and values is one page of a cache, with room for the longest.
         """
         batch, tokens, heads, size = inp.query.shape
         if isinstance(inp.attn_bias, BlockDiagonalCausalMask):
@@ -64,7 +66,9 @@ class FwOp(AttentionFwOpBase):
             starts = [tokens * sequence for sequence in range(batch + 1)]
         lengths = [end - start for start, end in pairwise(starts)]
         query = inp.query.reshape(-1, heads, size)
-        pages = query.new_zeros(2, len(lengths), max(lengths), heads, size)
+        longest = max(lengths)
+        room = 1 << (longest - 1).bit_length()  # the operator's pages are powers of two
+        pages = query.new_zeros(2, len(lengths), room, heads, size)
         for page, (start, length) in enumerate(zip(starts, lengths, strict=False)):
             pages[0, page, :length] = inp.key.reshape(-1, heads, size)[start : start + length]
             pages[1, page, :length] = inp.value.reshape(-1, heads, size)[start : start + length]
@@ -73,9 +77,10 @@ class FwOp(AttentionFwOpBase):
             query,
             pages,
             out,
-            torch.tensor(starts, dtype=torch.int32),
-            torch.tensor(lengths, dtype=torch.int32),
+            torch.tensor(starts, dtype=torch.int32, device=query.device),
+            torch.tensor(lengths, dtype=torch.int32, device=query.device),
             torch.arange(len(lengths), dtype=torch.int32, device=query.device).unsqueeze(1),
+            longest,
             size**-0.5 if inp.scale is None else inp.scale,
         )
         return out.view(inp.query.shape), None

@@ -10,11 +10,12 @@ how a test proves that a layer went through here.
 
 from collections import Counter
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from vllm_k80.ops import kernels, reference
+from vllm_k80.ops import attention_kernels, attention_reference, kernels, reference
 
 CALLS: Counter[str] = Counter()
 
@@ -46,9 +47,14 @@ _SCHEMAS: dict[str, str] = {
     "reshape_and_cache": (
         "(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()"
     ),
+    "paged_attention": (
+        "(Tensor query, Tensor kv_cache, Tensor(a!) out, Tensor seq_lens, Tensor block_table,"
+        " int max_seq_len, float scale, int window=0, float soft_cap=0.0,"
+        " Tensor? alibi_slopes=None) -> ()"
+    ),
     "varlen_attention": (
         "(Tensor query, Tensor kv_cache, Tensor(a!) out, Tensor query_start_loc, Tensor seq_lens,"
-        " Tensor block_table, float scale, int window=0, float soft_cap=0.0,"
+        " Tensor block_table, int max_query_len, float scale, int window=0, float soft_cap=0.0,"
         " Tensor? alibi_slopes=None) -> ()"
     ),
 }
@@ -64,8 +70,16 @@ def _counted(name: str, implementation: Callable[..., Any]) -> Callable[..., Any
     return call
 
 
+_REFERENCES = (reference, attention_reference)
+_KERNELS = (kernels, attention_kernels, *_REFERENCES)
+
+
+def _find(name: str, modules: tuple[ModuleType, ...]) -> Callable[..., Any]:
+    found: Callable[..., Any] = next(getattr(m, name) for m in modules if hasattr(m, name))
+    return found
+
+
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
-    _reference = getattr(reference, _name)
-    _LIBRARY.impl(_name, _counted(_name, _reference), "CPU")
-    _LIBRARY.impl(_name, _counted(_name, getattr(kernels, _name, _reference)), "CUDA")
+    _LIBRARY.impl(_name, _counted(_name, _find(_name, _REFERENCES)), "CPU")
+    _LIBRARY.impl(_name, _counted(_name, _find(_name, _KERNELS)), "CUDA")

@@ -80,18 +80,23 @@ class Kernel:
         addresses = [ctypes.addressof(value) for value in self._values]
         self._arguments = (ctypes.c_void_p * len(addresses))(*addresses)
 
-    def launch(self, grid: int | tuple[int, int], block: int, *arguments: float | None) -> None:
-        """Launch on torch's current stream: ``grid`` blocks (x, or x and y) of ``block`` threads.
+    def launch(
+        self,
+        grid: int | tuple[int, int] | tuple[int, int, int],
+        block: int,
+        *arguments: float | None,
+    ) -> None:
+        """Launch on torch's current stream: ``grid`` blocks of ``block`` threads.
 
-        A pointer that is None is null.
+        ``grid`` is x, (x, y) or (x, y, z). A pointer that is None is null.
         """
-        width, height = grid if isinstance(grid, tuple) else (grid, 1)
+        width, height, depth = (*(grid if isinstance(grid, tuple) else (grid,)), 1, 1)[:3]
         stream = torch._C._cuda_getCurrentRawStream(self._device)
         with self._lock:
             for value, argument in zip(self._values, arguments, strict=True):
                 value.value = argument
             result = _driver().cuLaunchKernel(
-                self._function, width, height, 1, block, 1, 1, 0, stream, self._arguments, None
+                self._function, width, height, depth, block, 1, 1, 0, stream, self._arguments, None
             )
         _check(result, f"launching kernel {self._name}")
 

@@ -1,0 +1,228 @@
+"""Attention and its paged cache on the GPU: csrc/attention.cu.
+
+Each function has the contract of its namesake in `attention_reference`, reads nothing back to the
+host, and falls back to it only where the installation carries no compiled kernels at all.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from vllm_k80.ops import attention_reference as reference
+from vllm_k80.ops import driver
+
+_SUFFIX = {torch.float32: "f32", torch.float16: "f16"}
+_HALF_QUERY, _HALF_OUT = 1, 2
+
+# csrc/attention.cu.
+_CACHE_THREADS, _DECODE_THREADS, _PREFILL_THREADS = 256, 128, 64
+_SPLIT_KEYS = 32
+# Blocks of decode that fill a die: five for each of its 13 multiprocessors. More splits than that
+# cost more in beginnings and ends than they gain, fewer do not keep the memory busy.
+_BLOCKS = 5 * 13
+# More keys than that a block takes only if there are too many splits: long and short sequences in
+# one batch.
+_LONG_SPLIT = 8192
+_MAX_SPLITS = 64
+
+
+@functools.cache
+def _size(head_size: int) -> int:
+    """What a kernel for this head size is laid out for."""
+    return next(size for size in (64, 128, 256) if head_size <= size)
+
+
+def splits(blocks: int, max_seq_len: int) -> int:
+    """In how many parts each sequence's keys are taken.
+
+    Args:
+        blocks: key heads, or tiles of their query heads, of all sequences together.
+        max_seq_len: keys of the longest sequence, at most.
+    """
+    wanted = max(_BLOCKS // blocks, -(-max_seq_len // _LONG_SPLIT))
+    return max(1, min(wanted, -(-max_seq_len // _SPLIT_KEYS), _MAX_SPLITS))
+
+
+def tile_of_heads(group: int) -> int:
+    """Query heads that a block of decode takes, of ``group`` that share a key head."""
+    return 1 if group == 1 else 4 if group <= 4 else 8
+
+
+def reshape_and_cache(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+    """See `attention_reference.reshape_and_cache`; kernels ``reshape_and_cache_f32``, ``_f16``."""
+    if not driver.available():
+        reference.reshape_and_cache(key, value, kv_cache, slot_mapping)
+        return
+    key_stride, value_stride = reference.check_reshape(key, value, kv_cache, slot_mapping)
+    _, blocks, block_size, kv_heads, head_size = kv_cache.shape
+    if tokens := slot_mapping.shape[0]:
+        name = f"reshape_and_cache_{_SUFFIX[kv_cache.dtype]}"
+        driver.kernel(name, "ppppiiiii", kv_cache.device.index).launch(
+            (tokens, 2),
+            _CACHE_THREADS,
+            key.data_ptr(),
+            value.data_ptr(),
+            kv_cache.data_ptr(),
+            slot_mapping.data_ptr(),
+            key_stride,
+            value_stride,
+            kv_heads * head_size,
+            blocks * block_size,
+            key.dtype == torch.float16,
+        )
+
+
+def _batch(
+    query: Tensor,
+    kv_cache: Tensor,
+    out: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    stride: int,
+    scale: float,
+    window: int,
+    soft_cap: float,
+    alibi_slopes: Tensor | None,
+) -> tuple[float | None, ...]:
+    """ATTENTION_BATCH of csrc/attention.cu."""
+    _, blocks, block_size, kv_heads, head_size = kv_cache.shape
+    half_query, half_out = query.dtype == torch.float16, out.dtype == torch.float16
+    return (
+        seq_lens.data_ptr(),
+        block_table.data_ptr(),
+        None if alibi_slopes is None else alibi_slopes.data_ptr(),
+        kv_heads,
+        query.shape[1] // kv_heads,
+        head_size,
+        stride,
+        blocks,
+        block_size.bit_length() - 1,
+        block_table.shape[1],
+        block_table.stride(0),
+        window,
+        half_query * _HALF_QUERY | half_out * _HALF_OUT,
+        scale,
+        soft_cap,
+    )
+
+
+_BATCH = "pppiiiiiiiiiiff"
+
+
+def paged_attention(
+    query: Tensor,
+    kv_cache: Tensor,
+    out: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    max_seq_len: int,
+    scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+) -> None:
+    """See `attention_reference.paged_attention`; kernels ``paged_attention_...``.
+
+    With several splits their results go through a buffer, and a second kernel combines them.
+    """
+    options = (window, soft_cap, alibi_slopes)
+    if not driver.available():
+        reference.paged_attention(
+            query, kv_cache, out, seq_lens, block_table, max_seq_len, scale, *options
+        )
+        return
+    _, _, kv_heads, head_size, stride = reference.check_attention(
+        "paged_attention", query, kv_cache, out, seq_lens, block_table, *options
+    )
+    reference.check_paged("paged_attention", query, seq_lens)
+    sequences, heads = query.shape[:2]
+    if not sequences:
+        return
+    group = heads // kv_heads
+    tile = tile_of_heads(group)
+    tiles = kv_heads * -(-group // tile)
+    seen = min(max_seq_len, window) if window else max_seq_len
+    parts = splits(sequences * tiles, seen)
+    device = query.device
+    partial = None
+    if parts > 1:
+        shape = sequences, heads, parts, head_size + 4
+        partial = torch.empty(shape, dtype=torch.float32, device=device)
+    name = f"paged_attention_{_SUFFIX[kv_cache.dtype]}_d{_size(head_size)}_h{tile}"
+    driver.kernel(name, f"pppp{_BATCH}i", device.index).launch(
+        (tiles, parts, sequences),
+        _DECODE_THREADS,
+        query.data_ptr(),
+        kv_cache.data_ptr(),
+        out.data_ptr(),
+        None if partial is None else partial.data_ptr(),
+        *_batch(query, kv_cache, out, seq_lens, block_table, stride, scale, *options),
+        parts,
+    )
+    if partial is not None:
+        driver.kernel("paged_attention_combine", "pppiiiii", device.index).launch(
+            (heads, sequences),
+            _DECODE_THREADS,
+            partial.data_ptr(),
+            out.data_ptr(),
+            seq_lens.data_ptr(),
+            head_size,
+            block_table.shape[1] * kv_cache.shape[2],
+            window,
+            parts,
+            (out.dtype == torch.float16) * _HALF_OUT,
+        )
+
+
+def varlen_attention(
+    query: Tensor,
+    kv_cache: Tensor,
+    out: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    max_query_len: int,
+    scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+) -> None:
+    """See `attention_reference.varlen_attention`; kernels ``varlen_attention_...``."""
+    options = (window, soft_cap, alibi_slopes)
+    if not driver.available():
+        reference.varlen_attention(
+            query,
+            kv_cache,
+            out,
+            query_start_loc,
+            seq_lens,
+            block_table,
+            max_query_len,
+            scale,
+            *options,
+        )
+        return
+    _, _, kv_heads, head_size, stride = reference.check_attention(
+        "varlen_attention", query, kv_cache, out, seq_lens, block_table, *options
+    )
+    sequences = seq_lens.shape[0]
+    reference.check_integers(
+        "varlen_attention", "query_start_loc", query_start_loc, sequences + 1, 1, kv_cache
+    )
+    tokens, heads = query.shape[:2]
+    size = _size(head_size)
+    tiles = -(-min(max_query_len, tokens) * (heads // kv_heads) // (32 if size == 256 else 64))
+    if not sequences or tiles <= 0:
+        return
+    name = f"varlen_attention_{_SUFFIX[kv_cache.dtype]}_d{size}"
+    driver.kernel(name, f"pppp{_BATCH}i", query.device.index).launch(
+        (kv_heads, tiles, sequences),
+        _PREFILL_THREADS,
+        query.data_ptr(),
+        kv_cache.data_ptr(),
+        out.data_ptr(),
+        query_start_loc.data_ptr(),
+        *_batch(query, kv_cache, out, seq_lens, block_table, stride, scale, *options),
+        tokens,
+    )
