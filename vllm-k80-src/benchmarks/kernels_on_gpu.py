@@ -3,7 +3,7 @@
 The fat binary carries PTX beside the code for the K80, so any newer GPU can run the very
 kernels. Needs torch with CUDA and `vllm_k80/kernels/vllm_k80.fatbin` (csrc/build.sh), not vLLM.
 
-    python benchmarks/kernels_on_gpu.py {norms,gemv} [RESULT.json]
+    python benchmarks/kernels_on_gpu.py {norms,gemv,layers} [RESULT.json]
 
 Exit status 1 if any result is off. Times are those of this GPU, not of a K80.
 """
@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import gemv_on_gpu
+import layers_on_gpu
 from measure import error, microseconds
 
 from vllm_k80 import ops
@@ -112,7 +113,11 @@ def time_all() -> list[dict[str, Any]]:
     return rows
 
 
-SUITES = {"norms": (compare, time_all), "gemv": (gemv_on_gpu.compare, gemv_on_gpu.time_all)}
+SUITES = {
+    "norms": (compare, time_all),
+    "gemv": (gemv_on_gpu.compare, gemv_on_gpu.time_all),
+    "layers": (layers_on_gpu.compare, layers_on_gpu.time_all),
+}
 
 
 def main() -> int:

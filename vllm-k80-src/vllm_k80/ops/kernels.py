@@ -259,7 +259,7 @@ class _Product:
             x = x.clone()
         y = x.new_empty((*x.shape[:-1], self._rows))
         tokens = x.numel() // self._columns
-        if not tokens or not self._rows:
+        if not tokens:
             return y
         if tokens not in self._launches:
             self._launches[tokens] = self._launch(tokens)
@@ -280,6 +280,10 @@ class _Product:
         return y
 
 
+def _has_product(weight: Tensor) -> bool:
+    return driver.available() and _aligned(weight) and weight.shape[0] > 0
+
+
 def _w4_name(scale: Tensor, zero: Tensor | None) -> str:
     return f"{'z' if zero is not None else 'f'}{8 * scale.element_size()}"
 
@@ -298,7 +302,7 @@ def gemv_w4(
     if product is None:
         _, group = reference.check_gemv_w4(x, qweight, scale, minimum, bias, zero)
         offset = minimum if zero is None else zero
-        if offset is None or not driver.available() or not _aligned(qweight):
+        if offset is None or not _has_product(qweight):
             return reference.linear_w4(x, qweight, scale, minimum, bias, zero)
         name, shift = f"gemv_w4_{_w4_name(scale, zero)}", (group // 32).bit_length() - 1
         weight, rows = (qweight, scale, offset), qweight.shape[0]
@@ -312,7 +316,7 @@ def gemv_w8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = Non
     product = _Product.known(x, parts)
     if product is None:
         _, group = reference.check_gemv_w8(x, qweight, scale, bias)
-        if not driver.available() or not _aligned(qweight):
+        if not _has_product(qweight):
             return reference.linear_w8(x, qweight, scale, bias)
         shift = 30 if scale.shape[1] == 1 else (group // 16).bit_length() - 1
         name, rows = f"gemv_w8_f{8 * scale.element_size()}", qweight.shape[0]
@@ -327,7 +331,7 @@ def gemv_f16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if product is None:
         reference.check_gemv_f16(x, weight, bias)
         rows, columns = weight.shape
-        if not columns or not driver.available() or not _aligned(weight):
+        if not columns or not _has_product(weight):
             return reference.linear(x, weight, bias)
         product = _Product("gemv_f16", parts, (weight,), bias, rows, columns, None)
     return product(x)
