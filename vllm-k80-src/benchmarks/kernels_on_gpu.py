@@ -3,7 +3,7 @@
 The fat binary carries PTX beside the code for the K80, so any newer GPU can run the very
 kernels. Needs torch with CUDA and `vllm_k80/kernels/vllm_k80.fatbin` (csrc/build.sh), not vLLM.
 
-    python benchmarks/kernels_on_gpu.py {norms,gemv,attention} [RESULT.json]
+    python benchmarks/kernels_on_gpu.py {norms,gemv,layers,attention} [RESULT.json]
 
 Exit status 1 if any result is off. Times are those of this GPU, not of a K80.
 """
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import attention_on_gpu
 import gemv_on_gpu
+import layers_on_gpu
 from measure import error, microseconds
 
 from vllm_k80 import ops
@@ -117,6 +118,7 @@ SUITES = {
     "norms": (compare, time_all),
     "gemv": (gemv_on_gpu.compare, gemv_on_gpu.time_all),
     "attention": (attention_on_gpu.compare, attention_on_gpu.time_all),
+    "layers": (layers_on_gpu.compare, layers_on_gpu.time_all),
 }
 
 

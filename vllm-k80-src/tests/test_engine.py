@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 from vllm_k80 import selftest
 from vllm_k80.quantization.gguf_file import extract_metadata
@@ -81,7 +83,7 @@ def test_every_layer_of_smollm2_goes_through_our_operators(smollm2: Path, tmp_pa
     assert calls["embedding_w8"] == steps
     assert calls["reshape_and_cache"] == 30 * steps
     assert (calls["varlen_attention"], calls["paged_attention"]) == (30, 30 * (steps - 1))
-    assert calls["silu_and_mul"] == 30 * steps
+    assert calls["silu_and_mul"] == calls["rotary_embedding"] == 30 * steps
     # Two norms a layer and one at the end; the first has no residual to add.
     assert calls["fused_add_rms_norm"] == 60 * steps
     assert calls["rms_norm"] == steps
@@ -95,6 +97,56 @@ def test_an_unquantized_model_goes_through_our_operators(tiny: Path) -> None:
     assert result["tokens"][0] == list(selftest.EXPECTED[0][:4])
     assert result["calls"]["linear"] == (8 + 1) * 4  # 2 layers of 4, and the head
     assert (result["calls"]["varlen_attention"], result["calls"]["paged_attention"]) == (2, 2 * 3)
+    assert result["calls"]["rotary_embedding"] == result["calls"]["silu_and_mul"] == 2 * 4
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "operators"),
+    [
+        ("Llama", {"rope_scaling": LLAMA3}, ["rotary_embedding", "silu_and_mul"]),
+        ("Gemma", {"head_dim": 16}, ["rotary_embedding", "gelu_and_mul"]),
+        ("GPTJ", {"rotary_dim": 8}, ["rotary_embedding", "gelu_new"]),
+        ("GPT2", {"activation_function": "gelu_fast"}, ["gelu_fast"]),
+        ("GPT2", {"activation_function": "quick_gelu"}, ["gelu_quick"]),
+    ],
+)
+def test_layers_go_through_our_operators_and_change_no_token(
+    architecture: str, settings: dict[str, Any], operators: list[str], tmp_path: Path
+) -> None:
+    """Tiny models with random weights: the tokens are those of Hugging Face."""
+    names = {"num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 64}
+    if architecture.startswith("GPT"):
+        names = {"n_head": 4, "n_layer": 2, "n_embd": 64}
+    elif architecture in ("Llama", "Gemma"):
+        names |= {"num_key_value_heads": 2, "intermediate_size": 128}
+    config = getattr(transformers, f"{architecture}Config")(
+        vocab_size=256, bos_token_id=1, eos_token_id=0, initializer_range=0.2, **names, **settings
+    )
+    torch.manual_seed(37)
+    suffix = "LMHeadModel" if architecture == "GPT2" else "ForCausalLM"
+    config._attn_implementation = "eager"
+    model = getattr(transformers, f"{architecture}{suffix}")(config).float().eval()
+    model.save_pretrained(tmp_path)
+    ids = list(selftest.PROMPTS[2])
+    for _ in range(5):
+        with torch.no_grad():
+            best = model(torch.tensor([ids])).logits[0, -1].topk(2)
+        assert best.values[0] - best.values[1] > 1e-3  # far from a near tie
+        ids.append(int(best.indices[0]))
+    engine = {"model": str(tmp_path), "skip_tokenizer_init": True}
+    result = run(engine, [selftest.PROMPTS[2]], 5)
+    for operator in operators:
+        assert result["calls"][operator] == 2 * 5
+    assert result["tokens"][0] == ids[len(selftest.PROMPTS[2]) :]
 
 
 def test_half_is_fp16_storage(tiny: Path) -> None:

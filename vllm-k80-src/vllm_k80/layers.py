@@ -3,8 +3,23 @@
 import torch
 from torch import Tensor
 from vllm.model_executor.custom_op import CustomOp
-from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.activation import (
+    FastGELU,
+    GeluAndMul,
+    NewGELU,
+    QuickGELU,
+    SiluAndMul,
+)
 from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.rotary_embedding import (
+    DynamicNTKAlphaRotaryEmbedding,
+    DynamicNTKScalingRotaryEmbedding,
+    LinearScalingRotaryEmbedding,
+    Llama3RotaryEmbedding,
+    NTKScalingRotaryEmbedding,
+    RotaryEmbedding,
+    YaRNScalingRotaryEmbedding,
+)
 
 from vllm_k80 import ops  # noqa: F401  (defines torch.ops.vllm_k80)
 
@@ -31,6 +46,83 @@ class K80SiluAndMul(SiluAndMul):
 
     def forward_oot(self, x: Tensor) -> Tensor:
         return torch.ops.vllm_k80.silu_and_mul(x)
+
+
+@CustomOp.register_oot(name="GeluAndMul")
+class K80GeluAndMul(GeluAndMul):
+    """The activation of Gemma's feed-forward layers, exact or by tanh."""
+
+    def forward_oot(self, x: Tensor) -> Tensor:
+        return torch.ops.vllm_k80.gelu_and_mul(x, self.approximate)
+
+
+@CustomOp.register_oot(name="NewGELU")
+class K80NewGELU(NewGELU):
+    """The activation of GPT-2's feed-forward layers."""
+
+    def forward_oot(self, x: Tensor) -> Tensor:
+        return torch.ops.vllm_k80.gelu_new(x)
+
+
+@CustomOp.register_oot(name="FastGELU")
+class K80FastGELU(FastGELU):
+    """`K80NewGELU` under another name."""
+
+    def forward_oot(self, x: Tensor) -> Tensor:
+        return torch.ops.vllm_k80.gelu_fast(x)
+
+
+@CustomOp.register_oot(name="QuickGELU")
+class K80QuickGELU(QuickGELU):
+    """The activation of CLIP's feed-forward layers."""
+
+    def forward_oot(self, x: Tensor) -> Tensor:
+        return torch.ops.vllm_k80.gelu_quick(x)
+
+
+class _Rotary:
+    """Rotary embedding in place, as upstream's own kernel does it."""
+
+    head_size: int
+    cos_sin_cache: Tensor
+    is_neox_style: bool
+
+    def forward_oot(
+        self,
+        positions: Tensor,
+        query: Tensor,
+        key: Tensor | None = None,
+        offsets: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        if offsets is not None:
+            positions = positions + offsets
+        tokens = positions.numel()
+        torch.ops.vllm_k80.rotary_embedding(
+            positions.flatten(),
+            query.view(tokens, query.numel() // max(1, tokens)),
+            None if key is None else key.view(tokens, key.numel() // max(1, tokens)),
+            self.head_size,
+            self.cos_sin_cache,
+            self.is_neox_style,
+        )
+        return query, key
+
+
+# vLLM looks a layer up by the name of its class, so each that differs from the first in its cache
+# alone is registered too. Those with a forward of their own are not: multimodal and vision models',
+# DeepSeek's, Phi-3's long context.
+for _layer in (
+    RotaryEmbedding,
+    DynamicNTKAlphaRotaryEmbedding,
+    DynamicNTKScalingRotaryEmbedding,
+    LinearScalingRotaryEmbedding,
+    Llama3RotaryEmbedding,
+    NTKScalingRotaryEmbedding,
+    YaRNScalingRotaryEmbedding,
+):
+    CustomOp.register_oot(name=_layer.__name__)(
+        type(f"K80{_layer.__name__}", (_Rotary, _layer), {"__doc__": _Rotary.__doc__})
+    )
 
 
 def unquantized_gemm(

