@@ -99,7 +99,7 @@ def median(values: list[float]) -> float:
 
 
 def profile(step: Any, steps: int) -> dict[str, Any]:
-    """Time on the GPU by kernel, of ``steps`` calls of ``step``."""
+    """Time on the GPU of a call of ``step``, and of its kernels: [launches, microseconds] each."""
     import torch
     from torch.profiler import ProfilerActivity
 
