@@ -35,11 +35,16 @@ demo-clean: venv ## Remove the demo's server, its built image and its keys
 ## ---- test it
 
 .PHONY: test
-test: lint test-package test-unit test-molecule ## Checks, tests and the main scenarios (needs Docker; about an hour)
+test: checks test-molecule ## Checks, tests and the main scenarios (needs Docker; about an hour)
 
 .PHONY: test-all
-test-all: lint test-package test-unit ## The same, and the scenario of CUDA on a server
+test-all: checks ## The same, and the scenario of CUDA on a server
 	@pytest tests -m molecule --capture=no
+
+# Each shows its output when it has ended: none of them alone keeps two cores busy.
+.PHONY: checks
+checks: venv
+	@$(MAKE) --jobs=2 --output-sync=target test-package lint test-unit
 
 .PHONY: test-fast
 test-fast: venv ## All that needs no Docker and no engine (under 3 minutes)
