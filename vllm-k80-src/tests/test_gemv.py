@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_k80.ops import driver
+from vllm_k80.ops import driver, kernels, reference
 from vllm_k80.quantization.packed import PackedWeight, concatenate
 
 vllm_k80 = torch.ops.vllm_k80
@@ -160,6 +160,29 @@ def test_columns_that_do_not_fill_128_bits_are_named() -> None:
     q, scale = torch.ones(2, 24, dtype=torch.int8), torch.ones(2, 1)
     with pytest.raises(ValueError, match="gemv_w8: the weight has 24 columns, no multiple of 16"):
         vllm_k80.gemv_w8(torch.ones(1, 24), q, scale)
+
+
+def test_a_weight_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever objects stand for its tensors; another weight in the same memory is another."""
+    checks, launches = [], []
+    check = reference.check_gemv_w4
+
+    class Kernel:
+        def launch(self, *arguments: Any) -> None:
+            launches.append(arguments)
+
+    monkeypatch.setattr(driver, "available", lambda: True)
+    monkeypatch.setattr(driver, "kernel", lambda name, signature, device: Kernel())
+    monkeypatch.setattr(reference, "check_gemv_w4", lambda *a: checks.append(a) or check(*a))
+    monkeypatch.setattr(kernels._Product, "_KNOWN", {})
+    weight = torch.zeros(64, 64, dtype=torch.uint8), torch.ones(64, 4), torch.ones(64, 4)
+    for _ in range(3):
+        y = kernels.linear_w4(torch.ones(1, 128), *[part.detach() for part in weight])
+        assert y.shape == (1, 64)
+    assert (len(checks), len(launches)) == (1, 3)
+    y = kernels.linear_w4(torch.ones(1, 256), *[part.view(32, -1) for part in weight])
+    assert y.shape == (1, 32)
+    assert (len(checks), len(launches)) == (2, 4)
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,16 @@ before FlashAttention.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from vllm.attention.backends.abstract import AttentionBackend, AttentionImpl, AttentionType
-from vllm.v1.attention.backends.utils import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
 
 from vllm_k80 import ops  # noqa: F401  (defines torch.ops.vllm_k80)
 from vllm_k80.ops.attention_reference import MAX_HEAD_SIZE
@@ -37,12 +41,20 @@ class K80AttentionMetadata:
 
 
 class K80MetadataBuilder(AttentionMetadataBuilder[K80AttentionMetadata]):
-    """Builds the metadata of a batch from what is common to all backends."""
+    """Builds the metadata of a batch from what is common to all backends.
+
+    A graph of a decode batch is replayed with whatever lengths come, so the bound of the lengths is
+    always the model's: eager execution then shares out the work as the graph does, and their
+    results are the same to the last bit.
+    """
+
+    cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
     ) -> None:
         self.kv_cache_spec = kv_cache_spec
+        self.max_model_len = vllm_config.model_config.max_model_len
 
     def build(
         self,
@@ -58,7 +70,7 @@ class K80MetadataBuilder(AttentionMetadataBuilder[K80AttentionMetadata]):
             slot_mapping=common.slot_mapping[: common.num_actual_tokens],
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
-            max_seq_len=int(common.seq_lens_cpu[: common.num_reqs].max()),
+            max_seq_len=self.max_model_len,
         )
 
 

@@ -11,6 +11,7 @@ def install() -> None:
     import vllm.model_executor.layers.linear
     import vllm.model_executor.layers.vocab_parallel_embedding
     import vllm.model_executor.models.registry
+    import vllm.utils
 
     from vllm_k80 import layers
     from vllm_k80.quantization import gguf
@@ -30,6 +31,10 @@ def install() -> None:
 
     # Upstream takes its compiled operator wherever the logits are on a GPU; it is not built here.
     vllm._custom_ops.apply_repetition_penalties = vllm._custom_ops.apply_repetition_penalties_torch
+
+    # Upstream frees the memory of a captured graph's output through a compiled operator. Here the
+    # output, a few rows, stays.
+    vllm.utils.weak_ref_tensor = lambda tensor: tensor
 
     # A convolution would open cuDNN's libraries, which the image leaves out (0.9 GB), and a missing
     # one ends the process. Without cuDNN, torch uses its own convolutions.

@@ -138,19 +138,19 @@ class K80Platform(Platform):
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
-        """Eager execution with our worker; called by vLLM once its configuration is complete."""
+        """Nothing compiled, our workers; called by vLLM once its configuration is complete."""
         from vllm.config import CompilationLevel
+
+        from vllm_k80 import graphs
 
         cls.pre_register_and_update()
         compilation = vllm_config.compilation_config
         compilation.level = CompilationLevel.NO_COMPILATION
         compilation.use_cudagraph = False
         compilation.custom_ops = ["all"]
-        # Upstream sets the sizes for its own platforms only; the worker reads them always.
-        compilation.init_with_cudagraph_sizes([])
+        graphs.configure(vllm_config, HAS_GPU)
 
         if vllm_config.model_config is not None:
-            vllm_config.model_config.enforce_eager = True
             vllm_config.model_config.disable_cascade_attn = True
             if vllm_config.model_config.dtype == torch.bfloat16:
                 raise ValueError(
@@ -163,9 +163,7 @@ class K80Platform(Platform):
         parallel = vllm_config.parallel_config
         parallel.disable_custom_all_reduce = True
         if parallel.worker_cls == "auto":
-            parallel.worker_cls = (
-                "vllm.v1.worker.gpu_worker.Worker" if HAS_GPU else "vllm_k80.worker.ReferenceWorker"
-            )
+            parallel.worker_cls = f"vllm_k80.worker.{'K80Worker' if HAS_GPU else 'ReferenceWorker'}"
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 
 

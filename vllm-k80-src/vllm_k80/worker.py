@@ -1,7 +1,7 @@
-"""Upstream's worker and model runner on a host without a GPU.
+"""Upstream's worker and model runner, on a die and on a host without a GPU.
 
-On a GPU upstream's own classes run unchanged. Here only what asks for a CUDA device is
-replaced; scheduling, batching, sampling and the model are the same code.
+On a GPU a probe comes first, and upstream's own classes run unchanged. Without one only what asks
+for a CUDA device is replaced; scheduling, batching, sampling and the model are the same code.
 """
 
 import os
@@ -12,12 +12,23 @@ from vllm.model_executor.utils import set_random_seed
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
 
-from vllm_k80 import device
+from vllm_k80 import device, graphs
 from vllm_k80.platform import K80Platform, cpu_kv_cache_limit
 
 logger = init_logger("vllm.k80.worker")
 
 _SMX_OF_A_DIE = 13  # GK210 as it is on a K80
+
+
+class K80Worker(Worker):
+    """`Worker`, with CUDA graphs only on a die that replays them rightly."""
+
+    def init_device(self) -> None:
+        super().init_device()
+        if self.model_config.enforce_eager:
+            return
+        if reason := graphs.probe(self.device):
+            graphs.turn_off(self.vllm_config, reason)
 
 
 class ReferenceModelRunner(GPUModelRunner):

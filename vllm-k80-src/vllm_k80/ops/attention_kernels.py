@@ -143,7 +143,9 @@ def paged_attention(
     tile = tile_of_heads(group)
     tiles = kv_heads * -(-group // tile)
     seen = min(max_seq_len, window) if window else max_seq_len
-    parts = splits(sequences * tiles, seen)
+    # As many splits as in a batch padded to a power of two, as graphs pad it: the same result.
+    padded = 1 << (sequences - 1).bit_length()
+    parts = splits(padded * tiles, seen)
     device = query.device
     partial = None
     if parts > 1:

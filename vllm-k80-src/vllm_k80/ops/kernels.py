@@ -5,6 +5,7 @@ installation carries no compiled kernels, or for a dtype that has none.
 """
 
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -182,17 +183,18 @@ class _Product:
     """A weight that has passed a gemv operator's checks, ready to be multiplied.
 
     Checking a weight and naming its kernel took longer than launching it, at every layer of every
-    step, so it is done once. The weight's first tensor keeps what came of it, for as long as all
-    parts are the same objects at the same addresses.
+    step, so it is done once. What comes of it depends on nothing but the addresses, shapes, strides
+    and dtypes of the weight's parts, so these are what it is found by. (The tensors cannot carry
+    it: torch 2.0 gives an operator written in Python new objects for them in every call.)
 
     Args:
         kernel: its name without the rows of x.
-        parts: of the weight and its bias, as the operator got them: what `identity` was made of.
+        parts: of the weight and its bias, as the operator got them.
         arguments: the kernel's, up to x. rows, columns: of the weight.
         group_shift: log2 of the 128-bit units in a group; None if the kernel has no such argument.
     """
 
-    _ATTRIBUTE = "_vllm_k80_product"
+    _KNOWN: ClassVar[dict[tuple[Any, ...], "_Product"]] = {}
 
     def __init__(
         self,
@@ -205,8 +207,6 @@ class _Product:
         group_shift: int | None,
     ) -> None:
         self._kernel = kernel
-        self._identity = self._identify(parts)
-        self._others = parts[1:]  # kept alive: an identity must not be that of another object
         self._pointers = tuple(part.data_ptr() for part in arguments)
         self._bias = 0 if bias is None else bias.data_ptr()
         self._rows, self._columns = rows, columns
@@ -218,23 +218,23 @@ class _Product:
             for dtype in _SUFFIX
         }
         self._launches: dict[int, tuple[driver.Kernel, int | tuple[int, int]]] = {}
-        setattr(arguments[0], self._ATTRIBUTE, self)
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """A copy of the tensor, or one sent to another process, makes its own."""
-        return type(None), ()
+        self._KNOWN[self._identify(parts)] = self
 
     @staticmethod
-    def _identify(parts: tuple[Tensor | None, ...]) -> tuple[int, ...]:
-        return (*map(id, parts), *[0 if part is None else part.data_ptr() for part in parts])
+    def _identify(parts: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+        return tuple(
+            [
+                None if part is None else (part.data_ptr(), part.shape, part.stride(), part.dtype)
+                for part in parts
+            ]
+        )
 
     @classmethod
     def known(cls, x: Tensor, parts: tuple[Tensor | None, ...]) -> "_Product | None":
         """What was made of these parts, if it is known and takes ``x``."""
-        product: _Product | None = getattr(parts[0], cls._ATTRIBUTE, None)
+        product = cls._KNOWN.get(cls._identify(parts))
         if (
             product is None
-            or product._identity != cls._identify(parts)
             or x.dtype not in _SUFFIX
             or x.shape[-1] != product._columns
             or x.numel() > reference.GEMV_ROWS * product._columns

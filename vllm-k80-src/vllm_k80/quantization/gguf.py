@@ -101,14 +101,19 @@ class K80GGUFLinearMethod(upstream.GGUFLinearMethod):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         raw, kinds = layer.qweight, layer.qweight_type
+        # The parts of a fused layer are kept where the file was read: on the host.
+        device = kinds.device
         if raw.data_container:  # q, k and v, or gate and up: one tensor each
             order = sorted(raw.shard_id_map, key="qkv".find if "q" in raw.shard_id_map else None)
             weights = [
-                pack(raw.data_container[raw.shard_id_map[shard]], kinds.shard_weight_type[shard])
+                pack(
+                    raw.data_container[raw.shard_id_map[shard]].to(device),
+                    kinds.shard_weight_type[shard],
+                )
                 for shard in order
             ]
         else:
-            weights = [pack(raw.data, kinds.weight_type)]
+            weights = [pack(raw.data.to(device), kinds.weight_type)]
         del layer.qweight, layer.qweight_type, raw
         layer.packed_weights = concatenate(weights)
         # Registered so that memory accounting and .to(device) see them.

@@ -1,0 +1,341 @@
+"""vLLM with our plugin on whatever NVIDIA GPU is here: its tokens, its graphs, and its times.
+
+Needs vLLM 0.10.1.1, torch with CUDA and `vllm_k80/kernels/vllm_k80.fatbin` (csrc/build.sh).
+
+    python tests/test_smollm2.py GGUF > CPU.json          # where there is no GPU
+    python benchmarks/engine_on_gpu.py shape {7b,13b} [RESULT.json]
+    python benchmarks/engine_on_gpu.py smollm2 GGUF CPU.json [RESULT.json]
+
+`shape` runs a model of Llama 2's shape with random INT4 weights in our layout, made on the device:
+there is no checkpoint, and its tokens mean nothing. `smollm2` runs a real model, with and without
+CUDA graphs, and compares its tokens with those of the CPU. Results are added to RESULT.json. Exit
+status 1 if tokens or log-probabilities differ. Times are those of this GPU, not of a K80.
+"""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+# The engine in this very process, where its steps can be timed.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+SHAPES = {  # hidden size, feed-forward size, layers, heads
+    "7b": (4096, 11008, 32, 32),
+    "13b": (5120, 13824, 40, 40),
+}
+CONTEXT, NEW_TOKENS, GROUP = 2048, 64, 128
+BATCHES = (1, 8, 16)
+PROFILED = 5  # steps
+
+
+def wait_without_spinning() -> None:
+    """Let the host sleep while it waits for the GPU, so that its CPU time is work alone."""
+    driver, flag = ctypes.CDLL("libcuda.so.1"), 4  # CU_CTX_SCHED_BLOCKING_SYNC
+    driver.cuInit(0)
+    driver.cuDevicePrimaryCtxSetFlags_v2(0, flag)
+
+
+def register_random_w4() -> None:
+    """The quantization ``random_w4``: linear layers of random INT4 weights, made on the device."""
+    import torch
+    from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    from vllm_k80.quantization.packed import PackedWeight
+
+    class RandomLinear(LinearMethodBase):
+        def create_weights(
+            self, layer, input_size_per_partition, output_partition_sizes, *_: Any, **__: Any
+        ) -> None:
+            rows, columns = sum(output_partition_sizes), input_size_per_partition
+            qweight = torch.randint(256, (rows, columns // 2), dtype=torch.uint8)
+            scale = torch.rand(rows, columns // GROUP, dtype=torch.float32).mul(0.01).half()
+            layer.packed = PackedWeight(qweight, scale, scale * -8)
+
+        def apply(self, layer, x, bias=None):
+            return layer.packed.linear(x, bias)
+
+    @register_quantization_config("random_w4")
+    class RandomW4(QuantizationConfig):
+        def get_name(self) -> str:
+            return "random_w4"
+
+        def get_supported_act_dtypes(self) -> list[torch.dtype]:
+            return [torch.float16, torch.float32]
+
+        @classmethod
+        def get_min_capability(cls) -> int:
+            return 37
+
+        @staticmethod
+        def get_config_filenames() -> list[str]:
+            return []
+
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> "RandomW4":
+            return cls()
+
+        def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+            return RandomLinear() if isinstance(layer, LinearBase) else None
+
+
+def model_runner(llm: Any) -> Any:
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
+    return worker.worker.model_runner
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def profile(step: Any, steps: int) -> dict[str, Any]:
+    """Time on the GPU of a call of ``step``, and of its kernels: [launches, microseconds] each."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    kernels = [
+        (event.key, event.count / steps, event.self_device_time_total / steps)
+        for event in seen.key_averages()
+        if event.self_device_time_total
+    ]
+    kernels.sort(key=lambda kernel: -kernel[2])
+    return {
+        "gpu_ms": round(sum(kernel[2] for kernel in kernels) / 1e3, 3),
+        "operations": round(sum(kernel[1] for kernel in kernels), 1),
+        "by_kernel_us": {name[:60]: [round(n, 1), round(us, 1)] for name, n, us in kernels[:14]},
+    }
+
+
+def serve(llm: Any, batch: int) -> tuple[dict[str, Any], list[list[int]]]:
+    """Times of one batch through the engine, and the tokens."""
+    from vllm import SamplingParams
+
+    engine, runner = llm.llm_engine, model_runner(llm)
+    launching: list[float] = []
+    model = runner.model
+    runner.model = _Timed(model, launching)
+    sampling = SamplingParams(
+        temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False
+    )
+    begun, first, tokens = time.perf_counter(), {}, {}
+    for index in range(batch):
+        prompt = [3 + (37 * index + 11 * i) % 31000 for i in range(CONTEXT - NEW_TOKENS)]
+        engine.add_request(str(index), {"prompt_token_ids": prompt}, sampling)
+
+    def step() -> None:
+        for output in engine.step():
+            first.setdefault(output.request_id, time.perf_counter() - begun)
+            tokens[output.request_id] = list(output.outputs[0].token_ids)
+
+    while len(first) < batch:
+        step()
+    walls, cpus, calls = [], [], []
+    for _ in range(30):
+        launching.clear()
+        wall, cpu = time.perf_counter(), time.thread_time()
+        step()
+        walls.append(time.perf_counter() - wall)
+        cpus.append(time.thread_time() - cpu)
+        calls += launching
+    decode = profile(step, PROFILED)
+    while engine.has_unfinished_requests():
+        step()
+    runner.model = model
+    times = {
+        "batch": batch,
+        "first_token_s": [round(min(first.values()), 3), round(max(first.values()), 3)],
+        "step_ms": round(median(walls) * 1e3, 3),
+        "tokens_per_second": round(batch / median(walls), 1),
+        "cpu_ms_of_a_step": round(median(cpus) * 1e3, 3),
+        "cpu_ms_of_the_model_call": round(median(calls) * 1e3, 3),
+        "decode_step": decode,
+    }
+    return times, [tokens[str(index)] for index in range(batch)]
+
+
+class _Timed:
+    """A model whose calls are timed; all else is the model's."""
+
+    def __init__(self, model: Any, times: list[float]) -> None:
+        self._model, self._times = model, times
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = self._model(*args, **kwargs)
+        self._times.append(time.perf_counter() - start)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def shape(name: str) -> tuple[dict[str, Any], bool]:
+    """Times of a model of this shape, with graphs and without; whether the tokens are the same."""
+    wait_without_spinning()
+    register_random_w4()
+    from vllm import LLM
+    from vllm.config import CUDAGraphMode
+
+    hidden, feed_forward, layers, heads = SHAPES[name]
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": feed_forward,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "vocab_size": 32000,
+        "max_position_embeddings": CONTEXT,
+        "torch_dtype": "float16",
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(config))
+        llm = LLM(
+            model=directory,
+            skip_tokenizer_init=True,
+            load_format="dummy",
+            quantization="random_w4",
+            dtype="float16",
+            max_model_len=CONTEXT,
+            max_num_seqs=max(BATCHES),
+            max_num_batched_tokens=CONTEXT,
+            gpu_memory_utilization=0.7,
+            enable_prefix_caching=False,
+        )
+    runner = model_runner(llm)
+    result: dict[str, Any] = {"layers": layers, "hidden": hidden, "group": GROUP}
+    tokens = {}
+    serve(llm, 1)  # warms up
+    for mode in ("graphs", "eager"):
+        if mode == "eager":  # the same engine, which then finds no graph
+            runner.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+            runner.cudagraph_dispatcher.cudagraph_keys[CUDAGraphMode.FULL].clear()
+        served = [serve(llm, batch) for batch in BATCHES]
+        result[mode] = [times for times, _ in served]
+        tokens[mode] = [generated for _, generated in served]
+    result["same_tokens"] = tokens["graphs"] == tokens["eager"]
+    return result, result["same_tokens"]
+
+
+def smollm2_engine(gguf: Path, eager: bool) -> dict[str, Any]:
+    """Tokens and log-probabilities of the test's prompts, in batches that shrink from 20 to 1."""
+    from test_smollm2 import PROMPTS, TOKENS
+    from vllm import LLM, SamplingParams
+
+    from vllm_k80 import ops
+    from vllm_k80.quantization.gguf_file import extract_metadata
+    from vllm_k80.serve import metadata_cache
+
+    metadata = str(extract_metadata(gguf, metadata_cache()))
+    llm = LLM(
+        model=str(gguf),
+        tokenizer=metadata,
+        hf_config_path=metadata,
+        dtype="float32",
+        max_model_len=256,
+        max_num_seqs=len(PROMPTS),
+        enable_prefix_caching=False,
+        enforce_eager=eager,
+        gpu_memory_utilization=0.2,
+    )
+    options = {"temperature": 0, "ignore_eos": True, "logprobs": 5}
+    ops.CALLS.clear()
+    plain = llm.generate(PROMPTS, SamplingParams(max_tokens=TOKENS, **options), use_tqdm=False)
+    calls = dict(ops.CALLS)
+    shrinking = [SamplingParams(max_tokens=4 + 2 * i, **options) for i in range(len(PROMPTS))]
+    shrunk = llm.generate(PROMPTS, shrinking, use_tqdm=False)
+    return {
+        "prompts": [list(output.prompt_token_ids) for output in plain],
+        "tokens": [list(output.outputs[0].token_ids) for output in plain],
+        "logprobs": [
+            [sorted((token, p.logprob) for token, p in at.items()) for at in o.outputs[0].logprobs]
+            for o in (*plain, *shrunk)
+        ],
+        "graphs": str(model_runner(llm).compilation_config.cudagraph_mode),
+        "operator_calls": calls,
+    }
+
+
+def smollm2(gguf: str, cpu: str) -> tuple[dict[str, Any], bool]:
+    """Whether tokens are those of the CPU, and graphs compute what eager execution does."""
+    wanted = json.loads(Path(cpu).read_text().splitlines()[-1])
+    runs = {}
+    for mode in ("eager", "graphs"):
+        command = [sys.executable, __file__, "smollm2-engine", gguf, mode]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        runs[mode] = json.loads(done.stdout.splitlines()[-1])
+    count = len(wanted["plain"])
+    result = {
+        "prompts": count,
+        "tokens_of_each": len(wanted["plain"][0]),
+        **{
+            f"same_tokens_as_on_the_cpu_{mode}": sum(
+                ours == theirs for ours, theirs in zip(run["tokens"], wanted["plain"], strict=True)
+            )
+            for mode, run in runs.items()
+        },
+        "logprobs_of_graphs_equal_to_the_last_bit": runs["graphs"]["logprobs"]
+        == runs["eager"]["logprobs"],
+        "logprobs_compared": sum(len(at) for run in runs["eager"]["logprobs"] for at in run),
+        "mode": {mode: run["graphs"] for mode, run in runs.items()},
+        "operator_calls": {mode: run["operator_calls"] for mode, run in runs.items()},
+    }
+    good = result["logprobs_of_graphs_equal_to_the_last_bit"] and all(
+        run["tokens"] == wanted["plain"] for run in runs.values()
+    )
+    return result, good
+
+
+def main() -> int:
+    """Run one part, print its result and add it to the file."""
+    match sys.argv[1:]:
+        case ["shape", ("7b" | "13b") as name, *file]:
+            part, (result, good) = f"llama2_{name}_shape_random_int4", shape(name)
+        case ["smollm2", gguf, cpu, *file]:
+            part, (result, good) = "smollm2", smollm2(gguf, cpu)
+        case ["smollm2-engine", gguf, mode]:
+            print(json.dumps(smollm2_engine(Path(gguf), mode == "eager")))
+            return 0
+        case _:
+            print(__doc__, file=sys.stderr)
+            return 2
+    import torch
+    import vllm
+
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    path = Path(file[0]) if file else None
+    results = json.loads(path.read_text()) if path and path.exists() else {}
+    results |= {
+        "date": datetime.now(UTC).date().isoformat(),
+        "card": torch.cuda.get_device_name(0),
+        "driver": subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[
+            0
+        ],
+        "torch": torch.__version__,
+        "vllm": vllm.__version__,
+        "note": "compute_37 PTX, translated by this driver, on this host; not measured on a K80",
+        part: result,
+    }
+    print(json.dumps({part: result}, indent=1))
+    if path:
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
