@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 # What make test leaves to make test-all, so that it ends within its 75 minutes on two cores.
-MORE = ["cuda"]
+MORE = ["cuda", "driver-matrix"]
 SCENARIOS = [
     pytest.param(name, marks=pytest.mark.more if name in MORE else ())
     for name in sorted(path.parent.name for path in ROOT.glob("molecule/*/molecule.yml"))
