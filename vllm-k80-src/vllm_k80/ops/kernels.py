@@ -112,26 +112,26 @@ def gelu_and_mul(x: Tensor, approximate: str = "none") -> Tensor:
 
 def gelu_new(x: Tensor) -> Tensor:
     """See `reference.gelu_new`; kernels ``gelu_tanh_...``."""
-    columns = reference.check_activation("gelu_new", x, gated=False)
-    if not _has_activation(columns):
-        return reference.gelu_new(x)
-    return _activation(_GELU_TANH, x, columns)
+    return _ungated("gelu_new", _GELU_TANH, x)
 
 
 def gelu_fast(x: Tensor) -> Tensor:
     """See `reference.gelu_fast`; kernels ``gelu_tanh_...``."""
-    columns = reference.check_activation("gelu_fast", x, gated=False)
-    if not _has_activation(columns):
-        return reference.gelu_fast(x)
-    return _activation(_GELU_TANH, x, columns)
+    return _ungated("gelu_fast", _GELU_TANH, x)
 
 
 def gelu_quick(x: Tensor) -> Tensor:
     """See `reference.gelu_quick`; kernels ``gelu_quick_...``."""
-    columns = reference.check_activation("gelu_quick", x, gated=False)
+    return _ungated("gelu_quick", _GELU_QUICK, x)
+
+
+def _ungated(name: str, names: dict[torch.dtype, str], x: Tensor) -> Tensor:
+    """The operator ``name``, of as many columns as ``x`` has."""
+    columns = reference.check_activation(name, x, gated=False)
     if not _has_activation(columns):
-        return reference.gelu_quick(x)
-    return _activation(_GELU_QUICK, x, columns)
+        y: Tensor = getattr(reference, name)(x)
+        return y
+    return _activation(names, x, columns)
 
 
 def _has_activation(columns: int) -> bool:
