@@ -3,15 +3,16 @@
 # GPU can translate, which is how the same kernels are tested where there is no K80.
 #
 #   build.sh OUT        writes OUT/vllm_k80.fatbin
-#   NVCC=/path/to/nvcc  a CUDA 11.x compiler (11.8 is the last that knows the card)
+#   NVCC=/path/to/nvcc  a CUDA 11.x compiler (11.8 is the last that knows the card); without it
+#   CUDA_HOME=/path     that CUDA's, and without both the one that PATH finds
 #   VLLM_K80_CUDA_ARCHS="3.7"  compute capabilities to compile for, space separated
 set -eu
 
 out=${1:?usage: build.sh OUTPUT_DIRECTORY}
 source=$(dirname "$0")
-nvcc=${NVCC:-nvcc}
+nvcc=${NVCC:-${CUDA_HOME:+$CUDA_HOME/bin/}nvcc}
 if ! command -v "$nvcc" > /dev/null; then
-    echo "build.sh: there is no $nvcc; name a CUDA 11 compiler in NVCC (on a server the role cuda_toolkit sets one up)." >&2
+    echo "build.sh: there is no $nvcc; name a CUDA 11 compiler in NVCC, or its CUDA in CUDA_HOME (on a server the role cuda_toolkit sets one up)." >&2
     exit 1
 fi
 mkdir -p "$out"

@@ -12,6 +12,7 @@ from ansible.errors import AnsibleFilterError
 
 # The same choice as docker/Dockerfile.dockerignore makes, for builds by hand.
 CONTENT = (
+    "CMakeLists.txt",
     "README.md",
     "csrc/**/*",
     "docker/Dockerfile",
