@@ -76,13 +76,10 @@ test-molecule: venv ## The molecule scenarios, on an emulated server
 ## ---- look at the kernels
 
 .PHONY: kernels-report
-kernels-report: ## What each kernel costs on a K80 (CUDA 11, no GPU; ARGS=--json)
-	@python3 vllm-k80-src/tools/kernels_report.py $(ARGS)
-
-.PHONY: kernels-predict
-kernels-predict: ## How long each kernel would take on a K80, predicted (CUDA 11.8, no GPU; minutes)
+kernels-report: ## What each kernel uses of a K80, and how long it takes, predicted (CUDA 11, no GPU; minutes)
+	@python3 vllm-k80-src/tools/kernels_report.py
 	@tools/package-env
-	@build/py311/bin/python vllm-k80-src/tools/kernels_predict.py build/kernels-predict.json
+	@build/py311/bin/python vllm-k80-src/tools/kernels_predict.py build/kernels-report.json
 
 ## ---- keep it
 

@@ -241,8 +241,10 @@ def test_the_kernels_here_suit_the_card(tmp_path: Path) -> None:
         assert kernel["local_loads_and_stores"] == 0, f"{kernel['kernel']} spills"
 
 
-def test_make_needs_no_environment_for_it() -> None:
+def test_make_prints_the_resources_before_it_needs_an_environment() -> None:
     make = ["make", "--dry-run", "kernels-report"]
     done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ".venv" not in done.stdout
-    assert "kernels_report.py" in done.stdout
+    resources, environment, predictions = done.stdout.splitlines()
+    assert resources == "python3 vllm-k80-src/tools/kernels_report.py"
+    assert environment == "tools/package-env"
+    assert predictions.endswith("kernels_predict.py build/kernels-report.json")

@@ -18,6 +18,7 @@ more than 3 %. Every time is a prediction; nothing here was measured.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import kernels_report
 import numpy as np
 import smx
 
@@ -91,9 +93,12 @@ def compiled(binary: Path) -> dict[str, Compiled]:
 
 def build(directory: Path) -> dict[str, Compiled]:
     """All kernels, compiled into ``directory``."""
-    subprocess.run(["sh", str(SOURCE / "csrc" / "build.sh"), str(directory)], check=True)
+    nvcc, _ = kernels_report.find_nvcc(os.environ.get("NVCC"))
+    # nvcc takes ptxas from there, and we cuobjdump: those of the same CUDA.
+    os.environ["PATH"] = f"{Path(shutil.which(nvcc) or nvcc).parent}:{os.environ['PATH']}"
+    kernels_report.compile_kernels(nvcc, str(directory))
     naive = directory / "naive.fatbin"
-    command = [os.environ.get("NVCC", "nvcc"), "-O3", "-std=c++14", "-Wno-deprecated-gpu-targets"]
+    command = [nvcc, "-O3", "-std=c++14", "-Wno-deprecated-gpu-targets"]
     command += ["-gencode", "arch=compute_37,code=sm_37", "-fatbin", "-o", str(naive)]
     subprocess.run([*command, str(SOURCE / "benchmarks" / "naive_gemv.cu")], check=True)
     return compiled(directory / "vllm_k80.fatbin") | compiled(naive)
@@ -183,6 +188,39 @@ def varlen_attention(kernels: dict[str, Compiled], heads: int, kv_heads: int, to
     return Case(name, heads, tokens, 1, launch, cache + 2 * rows.size, group, products)
 
 
+def layer_kernels(
+    kernels: dict[str, Compiled], hidden: int, inner: int, heads: int, kv_heads: int
+) -> list[Case]:
+    """What lies between the products and attention, of one token; m and group are 1.
+
+    n is the width of the result and k how many numbers are read for each of its elements.
+    """
+    width, keys = heads * HEAD_SIZE, kv_heads * HEAD_SIZE
+    zero = np.zeros(1, np.int64)  # of the only token, the position or the slot of the cache
+    eps = int(np.float32(1e-5).view(np.int32))
+    place, parts = smx.Pointer(8, zero), -(-(heads + kv_heads) // 8)
+
+    def half(elements: int) -> smx.Pointer:
+        return smx.Pointer(2 * elements)
+
+    def case(name: str, n: int, k: int, grid: tuple[int, int], arguments: list[Any]) -> Case:
+        used = kernels[name]
+        launch = smx.Launch(grid, 256, arguments, used.registers, used.shared_bytes, used.constants)
+        return Case(name, n, k, 1, launch, 2 * n * (k + 1), 1)
+
+    row, sizes = half(hidden), [heads, kv_heads, HEAD_SIZE, HEAD_SIZE, width, keys, 1, 1]
+    rotary = [place, half(width), half(keys), half(HEAD_SIZE), *sizes]
+    cached = [half(keys), half(keys), half(32 * keys), place, keys, keys, keys, 16, 1]
+    norm = [row, row, row, row, row, hidden, eps]
+    silu = [half(2 * inner), half(inner), inner]
+    return [
+        case("fused_add_rms_norm_f16", hidden, 3, (1, 1), norm),
+        case("rotary_embedding_f16", width + keys, 2, (1, parts), rotary),
+        case("reshape_and_cache_f16", 2 * keys, 1, (1, 2), cached),
+        case("silu_and_mul_f16", inner, 2, (1, -(-inner // 256)), silu),
+    ]
+
+
 def naive(kernels: dict[str, Compiled], n: int, k: int) -> Case:
     """The naive kernel."""
     sizes = (n * k // 2, n * k // 32, n * k // 32, 4 * k, 4 * n)
@@ -227,7 +265,10 @@ def cases(kernels: dict[str, Compiled], quick: bool) -> list[Case]:
     if not quick:
         for kv_heads, sequences in ((32, 1), (8, 8), (32, 8)):
             chosen += paged_attention(kernels, 32, kv_heads, 2048, sequences)
+        chosen += paged_attention(kernels, 32, 4, 2048, 1)
         chosen.append(varlen_attention(kernels, 16, 4, 256))
+        chosen += layer_kernels(kernels, 4096, 11008, 32, 32)
+        chosen += layer_kernels(kernels, 5120, 13824, 40, 40)
         chosen += [
             gemv(kernels, kind, 4096, 4096, m)
             for kind in ("w4_f16", "w8_f16", "f16")
@@ -243,7 +284,11 @@ def main() -> int:
     quick = "--quick" in sys.argv
     paths = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
     with tempfile.TemporaryDirectory() as directory:
-        kernels = build(Path(directory))
+        try:
+            kernels = build(Path(directory))
+        except kernels_report.ReportError as error:
+            print(f"kernels_predict: {error}", file=sys.stderr)
+            return 1
     report, wrong = [], []
     columns = (
         "kernel",

@@ -55,7 +55,7 @@ def test_the_build_fetched_no_cuda_of_its_own(server: Server) -> None:
 
 
 def test_the_kernels_are_reported_by_the_servers_own_compiler(role: Role) -> None:
-    """With the system's Python; `make kernels-report` calls the same program."""
+    """With the system's Python; `make kernels-report` begins with the same program."""
     code, changed, said = role.play(ROOT / "playbooks/kernels-report.yml")
     assert (code, changed) == (0, 0), said
     assert f"csrc, compiled by {COMPILER}/bin/nvcc (CUDA 11.8):" in said
