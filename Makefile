@@ -35,11 +35,7 @@ demo-clean: venv ## Remove the demo's server, its built image and its keys
 ## ---- test it
 
 .PHONY: test
-test: checks test-molecule ## Checks, tests and the main scenarios (needs Docker; about an hour)
-
-.PHONY: test-all
-test-all: checks ## The same, and the scenarios of other distributions and of CUDA
-	@pytest tests -m molecule --capture=no
+test: checks test-molecule ## Every check, test and scenario (needs Docker; about an hour)
 
 # Each shows its output when it has ended: none of them alone keeps two cores busy.
 .PHONY: checks
@@ -71,7 +67,7 @@ test-package-fast: venv ## Those of them that start no engine
 
 .PHONY: test-molecule
 test-molecule: venv ## The molecule scenarios, on an emulated server
-	@pytest tests -m 'molecule and not more' --capture=no
+	@pytest tests -m molecule --capture=no
 
 ## ---- look at the kernels
 

@@ -41,8 +41,10 @@ def tag_in(done: subprocess.CompletedProcess) -> str:
     return images.pop()
 
 
-def image_tag_playbook(inventory: Path, playbook: Path) -> subprocess.CompletedProcess:
-    return run("ansible-playbook", "-i", inventory, playbook)
+def image_tag_playbook(
+    inventory: Path, playbook: Path, *options: str
+) -> subprocess.CompletedProcess:
+    return run("ansible-playbook", "-i", inventory, *options, playbook)
 
 
 def as_a_playbook_in(directory: Path, inventory: Path) -> subprocess.CompletedProcess:
@@ -62,6 +64,16 @@ def test_site_and_playbooks_name_the_same_image(inventory: Path) -> None:
     assert (ROOT / "site.yml").exists()
     playbook = ROOT / "playbooks/image-tag.yml"
     assert tag_in(image_tag_playbook(inventory, playbook)) == site_tag(inventory)
+
+
+def test_a_mirror_offers_the_same_parts_so_the_image_keeps_its_name() -> None:
+    mirrors = {
+        "vllm_image_debian_mirror": "http://mirror.example.org",
+        "vllm_image_python_index_url": "http://mirror.example.org/simple",
+    }
+    options = [f"--extra-vars={name}={url}" for name, url in mirrors.items()]
+    done = image_tag_playbook(EXAMPLE, ROOT / "playbooks/image-tag.yml", *options)
+    assert tag_in(done) == site_tag(EXAMPLE)
 
 
 def test_without_group_vars_beside_it_a_playbook_names_none(tmp_path: Path) -> None:

@@ -1,32 +1,57 @@
-"""The molecule scenarios: a server from bare to a chat, and what must hold on the way."""
+"""The molecule scenarios: a server from bare to a chat, and what must hold on the way.
+
+They run two at a time: half of what a scenario does is waiting for downloads and for one core.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-# What make test leaves to make test-all, so that it ends within its 75 minutes on two cores.
-MORE = ["cuda", "driver-matrix"]
-SCENARIOS = [
-    pytest.param(name, marks=pytest.mark.more if name in MORE else ())
-    for name in sorted(path.parent.name for path in ROOT.glob("molecule/*/molecule.yml"))
-]
+# The longest first.
+SCENARIOS = ["default", "air-gapped", "driver", "driver-matrix", "toolkit"]
+AT_ONCE = int(os.environ.get("MOLECULE_AT_ONCE", "2"))
+
+
+def run(scenario: str) -> int:
+    """Runs a scenario; each of its lines appears at once, after the scenario's name."""
+    with subprocess.Popen(
+        [BIN / "molecule", "test", "--scenario-name", scenario],
+        cwd=ROOT,
+        env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "FORCE_COLOR": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as molecule:
+        assert molecule.stdout
+        for line in molecule.stdout:
+            sys.stdout.write(f"{scenario} | {line}")
+            sys.stdout.flush()
+    return molecule.returncode
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[int]]]:
+    """The scenarios that were asked for, begun."""
+    asked = [item.callspec.params["scenario"] for item in request.session.items]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        yield {scenario: pool.submit(run, scenario) for scenario in asked}
+
+
+def test_every_scenario_is_known() -> None:
+    assert sorted(SCENARIOS) == sorted(p.parent.name for p in ROOT.glob("molecule/*/molecule.yml"))
 
 
 @pytest.mark.molecule
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_scenario(scenario: str) -> None:
-    # Its output goes straight to the terminal: a run takes many minutes (pytest --capture=no).
-    done = subprocess.run(
-        [BIN / "molecule", "test", "--scenario-name", scenario],
-        cwd=ROOT,
-        env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"},
-        check=False,
-    )
-    assert done.returncode == 0
+def test_scenario(scenario: str, runs: dict[str, Future[int]]) -> None:
+    assert runs[scenario].result() == 0

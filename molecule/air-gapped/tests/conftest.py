@@ -1,4 +1,4 @@
-"""A server that compiles the kernels of its image itself."""
+"""A server without a way out, which compiles the kernels of its image itself."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 import scenario
 import testinfra
-from scenario import reporting
+from scenario import ROOT, reporting
 from testinfra.host import Host
 
-SERVER = "k80-cuda"
+SERVER = "k80-air-gapped"
+HOST_VARS = ROOT / ".config" / "molecule" / "host_vars" / f"{SERVER}.yml"
 
 pytest_runtest_makereport = reporting(
     SERVER,
     {
         "compilers": "ls -l /opt/vllm-k80/cuda /opt/vllm-k80/cuda/bin /usr/local/cuda-11.4/bin",
         "apt": "apt-cache policy cuda-nvcc-11-4 cuda-drivers; ls /etc/apt/sources.list.d",
+        "units": "systemctl list-units --all --no-pager 'vllm-k80-*' docker haproxy",
+        "journal": "journalctl --no-pager -u 'vllm-k80-*' -u docker -u haproxy | tail -n 60",
         "build": "tail -n 40 /var/lib/vllm-k80/image/build.log",
     },
 )

@@ -28,10 +28,12 @@ def test_the_compiler_is_debians_and_nothing_came_with_it(server: Server) -> Non
     assert "release 11.8" in server.run(f"{COMPILER}/bin/nvcc --version")
     record = server.run(f"cat {COMPILER}/made-from").splitlines()
     assert [line.split()[0] for line in record] == ["nvidia-cuda-toolkit", "nvidia-cuda-dev"]
-    # No package of it, no library of a driver, and no more than it needs.
-    packages = server.run("dpkg-query --show --showformat '${Package}\\n'").splitlines()
-    assert not [name for name in packages if "cuda" in name or "nvidia-" in name]
-    assert "libcuda" not in server.run("/sbin/ldconfig -p")
+    # No package of it, no library of another driver, and no more than it needs.
+    packages = server.run("dpkg-query --show --showformat '${Package} ${Version}\\n'").splitlines()
+    assert not [name for name in packages if name.startswith(("nvidia-cuda", "libcudart"))]
+    assert not [name for name in packages if "libcuda1 " in name]
+    libraries = server.run("/sbin/ldconfig -p | awk '/libcuda.so/ {print $NF}' | xargs readlink -f")
+    assert {path.rpartition(".so.")[2] for path in libraries.split()} == {"470.256.02"}
     assert int(server.run(f"du -sm {COMPILER}").split()[0]) < 200
 
 

@@ -25,7 +25,7 @@ RUNFILE = {
 @pytest.fixture(scope="module", autouse=True)
 def stand_ins(server: Server) -> None:
     """Around a copy of the compiler that the role has set up and will remove."""
-    script = (ROOT / "molecule/cuda/files/make-stand-ins").read_text()
+    script = (ROOT / "molecule/air-gapped/files/make-stand-ins").read_text()
     server.run("mkdir -p /srv/cuda && cp -a %s /srv/cuda/compiler", PREFIX)
     server.run("bash -c %s make-stand-ins /srv/cuda /srv/cuda/compiler", script)
 
