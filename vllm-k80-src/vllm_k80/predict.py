@@ -38,7 +38,7 @@ _SGEMV_US = ((4096, 4096, 597.5), (11008, 4096, 1242.9), (4096, 11008, 1510.7))
 _STEP_LAUNCHES = 20
 
 _DTYPES = {"half": ("f16", 2), "float": ("f32", 4)}
-_CONFIG_DTYPES = {"float16": "half", "float32": "float", "bfloat16": "float", None: "float"}
+_CONFIG_DTYPES = {"float16": "half", "float32": "float", "bfloat16": "float"}
 # Decoders of Llama's build: attention and a gated feed-forward layer, RMS norms, rotary embedding.
 # The number is that of the norms in a layer.
 _ARCHITECTURES = {
@@ -182,16 +182,20 @@ def of_directory(path: Path, dtype: str, weights: str | None) -> Model:
         return value
 
     norms = _known_architecture((config.get("architectures") or ["(none)"])[0], file)
-    quantization = (config.get("quantization_config") or {}).get("quant_method")
+    quantization = config.get("quantization_config")
     if quantization and weights is None:
+        if isinstance(quantization, dict):
+            quantization = quantization.get("quant_method")
         raise UserError(
             f"{file}: quantization {quantization} is not served, so it cannot be judged. Use a "
             f"GGUF file of Q4_1 or Q8_0, or see with --weights int4 what such a model would do."
         )
-    stored = config.get("torch_dtype")
+    stored = str(config.get("torch_dtype") or config.get("dtype"))
     if dtype == "auto" and stored not in _CONFIG_DTYPES:
-        known = ", ".join(filter(None, _CONFIG_DTYPES))
-        raise UserError(f"{file}: torch_dtype is {stored!r}; it must be one of {known}.")
+        known = ", ".join(_CONFIG_DTYPES)
+        raise UserError(
+            f"{file}: torch_dtype is {stored}; {known} can be judged. Say --dtype half or float."
+        )
     activations = _CONFIG_DTYPES[stored] if dtype == "auto" else dtype
     plain, element = _DTYPES[activations]
     own = {"half": "fp16", "float": "fp32"}[activations]
@@ -255,19 +259,24 @@ def of_gguf(path: Path, dtype: str) -> Model:
         raise UserError(f"{path} is damaged or of an unknown version: {error}.") from None
     check_types(path, reader)
 
-    def said(name: str, default: Any = None) -> Any:
-        entry = reader.get_field(name)
-        value = default if entry is None else entry.contents()
-        if value is None:
-            raise UserError(f"{path} does not say {name}, which a prediction needs.")
+    def entry(name: str) -> Any:
+        found = reader.get_field(name)
+        return None if found is None else found.contents()
+
+    architecture = str(entry("general.architecture"))
+    norms = _known_architecture(architecture, path)
+    if entry(f"{architecture}.expert_count"):
+        raise UserError(f"{path} is a mixture of experts, which cannot be judged.")
+
+    def size(name: str, default: int | None = None) -> int:
+        name = f"{architecture}.{name}"
+        value = entry(name)
+        value = default if value is None else value
+        if not isinstance(value, int) or value <= 0:  # a list has a number for each layer
+            raise UserError(f"{path}: {name} is {value!r}; a whole number above 0 is needed.")
         return value
 
-    architecture = said("general.architecture")
-    norms = _known_architecture(architecture, path)
-    if said(f"{architecture}.expert_count", 0):
-        raise UserError(f"{path} is a mixture of experts, which cannot be judged.")
-    heads = said(f"{architecture}.attention.head_count")
-    hidden = said(f"{architecture}.embedding_length")
+    heads, hidden = size("attention.head_count"), size("embedding_length")
 
     tensors: dict[str, Weight] = {}
     for tensor in reader.tensors:
@@ -289,8 +298,10 @@ def of_gguf(path: Path, dtype: str) -> Model:
             raise UserError(f"{path} has no tensor {error}, which a {architecture} has.") from None
         return [*_fused([q, k, v]), output, *_fused([gate, up]), down]
 
-    layers = [of_layer(index) for index in range(said(f"{architecture}.block_count"))]
-    embedding = tensors["token_embd.weight"]
+    layers = [of_layer(index) for index in range(size("block_count"))]
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None:
+        raise UserError(f"{path} has no tensor token_embd.weight: it is no whole model.")
     head = tensors.get("output.weight")
     types = sorted({re.sub("_.*", "", w.kind) for layer in layers for w in layer}, key="wf".find)
     return Model(
@@ -301,13 +312,13 @@ def of_gguf(path: Path, dtype: str) -> Model:
         ),
         activations="float" if dtype == "auto" else dtype,
         hidden=hidden,
-        inner=said(f"{architecture}.feed_forward_length"),
+        inner=size("feed_forward_length"),
         heads=heads,
-        kv_heads=said(f"{architecture}.attention.head_count_kv", heads),
-        head_size=said(f"{architecture}.attention.key_length", hidden // heads),
+        kv_heads=size("attention.head_count_kv", heads),
+        head_size=size("attention.key_length", hidden // heads),
         norms=norms,
-        window=said(f"{architecture}.attention.sliding_window", 0) or None,
-        longest=said(f"{architecture}.context_length"),
+        window=entry(f"{architecture}.attention.sliding_window"),
+        longest=size("context_length"),
         layers=layers,
         head=head or embedding,
         embedding=embedding.bytes if head else 0,
