@@ -76,6 +76,7 @@ kernels-report: ## What each kernel uses of a K80, and how long it takes, predic
 	@python3 vllm-k80-src/tools/kernels_report.py
 	@tools/package-env
 	@build/py311/bin/python vllm-k80-src/tools/kernels_predict.py build/kernels-report.json
+	@build/py311/bin/python vllm-k80-src/tools/kernels_costs.py build/kernels-report.json
 
 ## ---- keep it
 

@@ -244,7 +244,8 @@ def test_the_kernels_here_suit_the_card(tmp_path: Path) -> None:
 def test_make_prints_the_resources_before_it_needs_an_environment() -> None:
     make = ["make", "--dry-run", "kernels-report"]
     done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
-    resources, environment, predictions = done.stdout.splitlines()
+    resources, environment, predictions, costs = done.stdout.splitlines()
     assert resources == "python3 vllm-k80-src/tools/kernels_report.py"
     assert environment == "tools/package-env"
     assert predictions.endswith("kernels_predict.py build/kernels-report.json")
+    assert costs.endswith("kernels_costs.py build/kernels-report.json")

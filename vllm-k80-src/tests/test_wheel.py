@@ -161,7 +161,7 @@ def test_without_a_compiler_it_has_references_only_and_the_build_says_so(
     (made,) = (source.parent / "out").iterdir()
     with zipfile.ZipFile(made) as archive:
         names = archive.namelist()
-    assert {"vllm_k80/cli.py", "vllm_k80.pth"} <= set(names)
+    assert {"vllm_k80/cli.py", "vllm_k80/costs.json", "vllm_k80.pth"} <= set(names)
     assert not [name for name in names if "kernels/" in name or name.startswith("csrc")]
 
 

@@ -38,6 +38,28 @@ def _parser() -> argparse.ArgumentParser:
         help="compare with the golden tokens in FILE, or record them there if it does not exist",
     )
 
+    predict = commands.add_parser(
+        "predict",
+        help="how fast a model would run on a K80 die, predicted, and whether it fits",
+        description="Predict tokens a second and the time to the first token on one K80 die.",
+    )
+    predict.add_argument("model", help="a GGUF file or a directory with a config.json")
+    predict.add_argument(
+        "--context", type=int, default=2048, metavar="N", help="tokens (default: %(default)s)"
+    )
+    predict.add_argument(
+        "--batch", type=int, metavar="N", help="sequences at once (default: several numbers)"
+    )
+    predict.add_argument(
+        "--dtype", choices=("auto", "half", "float"), default="auto", help="as of `vllm serve`"
+    )
+    predict.add_argument(
+        "--weights",
+        choices=("int4", "int8", "fp16", "fp32"),
+        help="of a directory: as if its linear layers were stored so; integers in groups of 128",
+    )
+    predict.add_argument("--json", action="store_true", help="for programs")
+
     commands.add_parser("selftest", help="run a tiny known model on this die and compare")
     info = commands.add_parser("info", help="what this installation consists of and runs on")
     info.add_argument("--json", action="store_true", help="for programs")
@@ -60,6 +82,11 @@ def main(argv: list[str] | None = None) -> int:
 
                 url = arguments.url.rstrip("/")
                 print(probe.run(url, arguments.wait, arguments.timeout, arguments.golden))
+            case "predict":
+                from vllm_k80 import predict
+
+                given = arguments.context, arguments.batch, arguments.dtype, arguments.weights
+                print(predict.run(arguments.model, *given, as_json=arguments.json))
             case "selftest":
                 from vllm_k80 import selftest
 

@@ -36,7 +36,8 @@ def shared_reader() -> Iterator[None]:
         gguf.GGUFReader = real
 
 
-def _check_types(path: Path, reader: Any) -> None:
+def check_types(path: Path, reader: Any) -> None:
+    """Refuse a file with tensors of types that no operator takes (UserError)."""
     unsupported = sorted(
         {tensor.tensor_type.name for tensor in reader.tensors} - {*SUPPORTED_TYPES}
     )
@@ -118,7 +119,7 @@ def extract_metadata(path: Path, cache: Path) -> Path:
         with shared_reader():
             try:
                 reader = gguf.GGUFReader(path)
-                _check_types(path, reader)
+                check_types(path, reader)
             except (ValueError, IndexError) as error:
                 raise UserError(f"{path} is damaged or of an unknown version: {error}.") from None
             source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
