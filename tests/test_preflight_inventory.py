@@ -181,7 +181,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory, server: Path) -> Run:
             "vllm_model_catalogue": {
                 "nowhere": {"source": "directory", "path": "/srv/no/such/model"},
                 "pickled": {"source": "directory", "path": str(model)},
-                "hub": {"source": "hub"},
+                "hub": {"source": "hub", "repository": "org/model"},
                 "unused": {"source": "directory", "path": "/srv/neither"},
             },
         },
@@ -287,7 +287,7 @@ SENTENCES = {
         " pickled, hub, unused); correct the name or add the model.",
         "model 'nowhere': there is no directory /srv/no/such/model on this server; correct its"
         " entry in vllm_model_catalogue or the server.",
-        "model 'hub': source hub is not built yet; pypi and directory are; correct its entry in"
+        "model 'hub': its entry lacks revision, which source hub needs; correct its entry in"
         " vllm_model_catalogue or the server.",
     ],
     "gateway": [

