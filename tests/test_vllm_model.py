@@ -348,6 +348,7 @@ def test_nothing_is_left_to_fetch_of_an_unknown_size(tmp_path: Path, storage: St
         ({"sha256": "0" * 64}, f"tiny.gguf has the sha256 {hashlib.sha256(GGUF).hexdigest()}, not"),
         ({"sha256": "0" * 40}, "its sha256 is not one of 64 hexadecimal digits"),
         ({"url": ""}, "lacks url, which source url needs"),
+        ({"url": "https://[example.org/tiny.gguf"}, "its url is none: Invalid IPv6 URL"),
         ({"url": "ftp://example.org/tiny.gguf"}, "begins with none of https://"),
         ({"url": "https://me:pw@example.org/tiny.gguf"}, "its url has a password in it"),
         ({"url": "https://example.org/"}, "would be called ''; name it in file"),

@@ -332,7 +332,10 @@ class Store:
 
     def from_url(self) -> tuple[bool, dict[str, str]]:
         url, digest = str(self.source["url"]), self.digits("sha256", 64)
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError as error:
+            raise ModelError(f"its url is none: {error}.") from None
         if parts.scheme not in ("http", "https", "file"):
             raise ModelError("its url begins with none of https://, http:// and file://.")
         if "@" in parts.netloc:
