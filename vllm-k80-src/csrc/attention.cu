@@ -1,7 +1,7 @@
 // Attention over the paged cache of keys and values, and the writing of that cache.
 //
 //   reshape_and_cache_{f16,f32}                  new keys and values into the cache
-//   paged_attention_{f16,f32}_d{64,128,256}_h{1,4,8}, paged_attention_combine   decode
+//   paged_attention_{f16,f32}_d{64,128,256}_h{1,4,8}   decode
 //   varlen_attention_{f16,f32}_d{64,128,256}     prefill and chunked prefill
 //
 // f16, f32: what the cache holds. d: the head sizes, multiples of 8, that a kernel is laid out
@@ -23,11 +23,11 @@
 // outside. All arithmetic is FP32. Softmax is the online one (arXiv:1805.02867), on powers of two.
 //
 // Predicted by tools/smx.py for 32 heads of 128 over 2048 tokens, in microseconds, with the
-// memory's bound in brackets: decode of one sequence with 8 key heads 59 (48) and 7 to combine its
-// splits, of which 3 and 3 are the launches; with 32 key heads 203 (192) and 7; of 8 sequences with
-// 8 key heads 403 (383). What remains above the bound for one short sequence is the beginning and
-// end of blocks, which nothing overlaps: with warps added up one after the other it was 66, and 11
-// or 16 splits in place of 8 cost 3 and 6 more. Prefill of 512 tokens with 8 key heads takes 1245,
+// memory's bound in brackets: decode of one sequence with 8 key heads 63 (48), of which 3 are the
+// launch and 4 the combination of its splits, which took 7 as a kernel of its own; with 32 key heads
+// 207 (192); of 8 sequences with 8 key heads 402 (385). What remains above the bound for one short
+// sequence is the beginning and end of blocks, which nothing overlaps: with warps added up one
+// after the other it was 7 more, and 11 or 16 splits in place of 8 cost 3 and 6 more. Prefill of 512 tokens with 8 key heads takes 1245,
 // half of the FP32 units' speed on what causality leaves; it is bound mostly by shared memory,
 // which it asks for 24 words for 128 multiplications at best.
 #include <cuda_fp16.h>
@@ -204,6 +204,58 @@ __device__ __forceinline__ void sums(float* v, int lane) {
 
 constexpr int kDecodeWarps = 4;
 constexpr int kDecodeThreads = 32 * kDecodeWarps;
+
+// Of each (sequence, tile of heads) the splits that have left their results, in a launch under way;
+// zero between launches. vllm_k80/ops/attention_kernels.py splits no batch that needs more of them.
+// Launches that run side by side would share them: those of a device follow each other.
+constexpr int kCounters = 16384;
+__device__ unsigned arrivals[kCounters];
+
+// The splits of head0 and the heads after it, `taken` of them, into their results, by a block of
+// kDecodeThreads. Other blocks wrote them just now: they are read past the caches of this SMX.
+template <int kQuads>
+__device__ __forceinline__ void combine(const float* partial, void* __restrict__ out, int head0,
+                                        int taken, int head_size, int splits, int used,
+                                        int flags) {
+  const int size = head_size + 4;
+  for (int item = threadIdx.x; item < taken * kQuads; item += kDecodeThreads) {
+    const int head = head0 + item / kQuads, i = item % kQuads * 4;
+    if (i >= head_size) continue;
+    const float* from = partial + static_cast<size_t>(head) * splits * size;
+    constexpr int kBatch = 8;  // loads that wait together
+    float most = kNone, total = 0.f;
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int first = 0; first < used; first += kBatch) {
+      float4 v[kBatch];
+      float2 of_split[kBatch];
+#pragma unroll
+      for (int s = 0; s < kBatch; ++s) {
+        const float* part = from + min(first + s, used - 1) * size;
+        v[s] = __ldcg(reinterpret_cast<const float4*>(part + i));
+        of_split[s] = __ldcg(reinterpret_cast<const float2*>(part + head_size));
+      }
+      float larger = most;
+#pragma unroll
+      for (int s = 0; s < kBatch; ++s) larger = fmaxf(larger, of_split[s].x);
+      const float shrink = exp2f(most - larger);
+      most = larger, total *= shrink;
+      sum = make_float4(sum.x * shrink, sum.y * shrink, sum.z * shrink, sum.w * shrink);
+#pragma unroll
+      for (int s = 0; s < kBatch; ++s) {
+        const float factor = first + s < used ? exp2f(of_split[s].x - most) : 0.f;
+        total = fmaf(factor, of_split[s].y, total);
+        sum = make_float4(fmaf(factor, v[s].x, sum.x), fmaf(factor, v[s].y, sum.y),
+                          fmaf(factor, v[s].z, sum.z), fmaf(factor, v[s].w, sum.w));
+      }
+    }
+    const float4 v = make_float4(sum.x / total, sum.y / total, sum.z / total, sum.w / total);
+    const size_t at = static_cast<size_t>(head) * head_size + i;
+    if (flags & kHalfOut)
+      put(static_cast<__half*>(out) + at, v);
+    else
+      put(static_cast<float*>(out) + at, v);
+  }
+}
 
 // partial, if there are several splits: of each (sequence, head, split) head_size sums, the largest
 // score, the sum of the weights, and two unused to keep them aligned.
@@ -407,47 +459,22 @@ __device__ __forceinline__ void decode(const Batch& batch, const void* __restric
         put(static_cast<float*>(out) + at, v);
     }
   }
-}
+  if (split.keys <= split.part) return;
 
-// The splits of one head (x) and sequence (y) into their result, in a block of kDecodeThreads.
-__device__ __forceinline__ void combine(const float* __restrict__ partial, void* __restrict__ out,
-                                        const int* seq_lens, int head_size, int longest, int window,
-                                        int splits, int flags) {
-  const int length = max(0, min(__ldg(seq_lens + blockIdx.y), longest));
-  const Split split(length, window, splits);
-  if (split.keys <= split.part) return;  // written by the only split
-  const int used = divide(split.keys + split.part - 1, split.part), size = head_size + 4;
-  const size_t head = static_cast<size_t>(blockIdx.y) * gridDim.x + blockIdx.x;
-  const float* from = partial + head * splits * size;
-  for (int i = threadIdx.x; i < head_size; i += kDecodeThreads) {
-    constexpr int kBatch = 8;  // loads that wait together
-    float most = kNone, total = 0.f, sum = 0.f;
-    for (int first = 0; first < used; first += kBatch) {
-      float v[kBatch];
-      float2 of_split[kBatch];
-#pragma unroll
-      for (int s = 0; s < kBatch; ++s) {
-        const float* part = from + min(first + s, used - 1) * size;
-        v[s] = __ldg(part + i);
-        of_split[s] = __ldg(reinterpret_cast<const float2*>(part + head_size));
-      }
-      float larger = most;
-#pragma unroll
-      for (int s = 0; s < kBatch; ++s) larger = fmaxf(larger, of_split[s].x);
-      const float shrink = exp2f(most - larger);
-      most = larger, total *= shrink, sum *= shrink;
-#pragma unroll
-      for (int s = 0; s < kBatch; ++s) {
-        const float factor = first + s < used ? exp2f(of_split[s].x - most) : 0.f;
-        total = fmaf(factor, of_split[s].y, total);
-        sum = fmaf(factor, v[s], sum);
-      }
-    }
-    if (flags & kHalfOut)
-      static_cast<__half*>(out)[head * head_size + i] = __float2half(sum / total);
-    else
-      static_cast<float*>(out)[head * head_size + i] = sum / total;
+  // The last split to arrive combines all, in the order of the keys whichever it is.
+  __shared__ unsigned before;  // how many were there
+  __threadfence();  // results are there before their arrival is counted
+  __syncthreads();
+  const unsigned used = divide(split.keys + split.part - 1, split.part);
+  if (!threadIdx.x) {
+    // The last arrival wraps the counter to zero: for the next launch, or replay of a graph.
+    before = atomicInc(arrivals + blockIdx.z * gridDim.x + blockIdx.x, used - 1);
+    __threadfence();  // the others' results are read after it
   }
+  __syncthreads();
+  if (before == used - 1)
+    combine<kQuads>(partial, out, sequence * heads + head0, taken, batch.head_size, splits, used,
+                    batch.flags);
 }
 
 // ---- prefill
@@ -763,8 +790,3 @@ PAGED_ATTENTION_ALL(f16, __half)
 PAGED_ATTENTION_ALL(f32, float)
 VARLEN_ATTENTION_ALL(f16, __half)
 VARLEN_ATTENTION_ALL(f32, float)
-extern "C" __global__ void __launch_bounds__(attention::kDecodeThreads)
-    paged_attention_combine(const float* partial, void* out, const int* seq_lens, int head_size,
-                            int longest, int window, int splits, int flags) {
-  attention::combine(partial, out, seq_lens, head_size, longest, window, splits, flags);
-}

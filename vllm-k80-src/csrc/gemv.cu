@@ -35,8 +35,7 @@
 //
 // The sum over a lane's columns of a step comes first, in FP32, then scale and offset are applied
 // to it: offset needs the sum of x over them, which is made once, when x is staged. Sums of sums
-// also round less. For eight rows of x and a scale there are not registers enough, and every
-// product is added to the whole (kFold).
+// also round less.
 //
 // Predicted by tools/smx.py for an INT4 layer of 4096 x 4096, group 128, in microseconds, with
 // the read-only cache at 64 / 32 bytes a clock (the memory's bound is 51): this design 63 / 65;
@@ -66,6 +65,9 @@ __device__ __forceinline__ float2 pair(unsigned bits) {
                      __half2float(__ushort_as_half(bits >> 16)));
 }
 __device__ __forceinline__ float bits(unsigned v) { return __uint_as_float(v); }
+__device__ __forceinline__ void put(float* to, const float4& v) {
+  to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+}
 __device__ __forceinline__ unsigned word(const uint4& q, int i) {
   return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w;
 }
@@ -134,10 +136,32 @@ __device__ __forceinline__ float warp_sums<1>(float* v, int, int offset) {
   return sum;
 }
 
-// kRows rows a warp, kTokens rows of x, kSteps steps staged at a time. kFold multiplies the
-// weight with its scale instead of the sum: more instructions for few rows of x, but half the
-// registers.
-template <class W, class Scale, Offset kOffset, int kTokens, int kRows, int kSteps, bool kFold>
+// A warp's results: acc[r * kTokens + t] of all lanes is summed and, with the bias, becomes
+// y[token0 + t, row0 + r].
+template <int kRows, int kTokens>
+__device__ __forceinline__ void store(float* acc, int lane, int row0, int token0,
+                                      const void* __restrict__ bias, void* __restrict__ y, int rows,
+                                      int tokens, int flags) {
+  constexpr int kBatch = kRows * kTokens < 32 ? kRows * kTokens : 32;
+#pragma unroll
+  for (int first = 0; first < kRows * kTokens; first += kBatch) {
+    float v = warp_sums<kBatch>(acc + first, lane);
+    const int i = first + lane / (32 / kBatch);
+    const int n = row0 + i / kTokens, t = token0 + i % kTokens;
+    if (lane % (32 / kBatch) || n >= rows || t >= tokens) continue;
+    if (bias)
+      v += flags & kHalfBias ? number(static_cast<const __half*>(bias) + n)
+                             : number(static_cast<const float*>(bias) + n);
+    const size_t at = static_cast<size_t>(t) * rows + n;
+    if (flags & kHalfX)
+      static_cast<__half*>(y)[at] = __float2half(v);
+    else
+      static_cast<float*>(y)[at] = v;
+  }
+}
+
+// kRows rows a warp, kTokens rows of x, kSteps steps staged at a time.
+template <class W, class Scale, Offset kOffset, int kTokens, int kRows, int kSteps>
 __device__ __forceinline__ void product(const uint4* __restrict__ weight,
                                         const Scale* __restrict__ scale,
                                         const Scale* __restrict__ offset,
@@ -224,10 +248,9 @@ __device__ __forceinline__ void product(const uint4* __restrict__ weight,
 #pragma unroll
       for (int r = 0; W::kScaled && r < kRows; ++r)
         s[r] = kUnbias * number(scale + static_cast<size_t>(row[r]) * groups + (unit >> group_shift));
-      constexpr bool kPart = !kFold;
-      float sum[kPart ? kRows * kTokens : 1];
+      float sum[kRows * kTokens];
 #pragma unroll
-      for (int i = 0; kPart && i < kRows * kTokens; ++i) sum[i] = 0.f;
+      for (int i = 0; i < kRows * kTokens; ++i) sum[i] = 0.f;
       const float4* mine = staged + step * kStagedStep + lane;
 #pragma unroll
       for (int i = 0; i < kParts; ++i) {
@@ -236,9 +259,8 @@ __device__ __forceinline__ void product(const uint4* __restrict__ weight,
         for (int t = 0; t < kTokens; ++t) v[t] = mine[(t * kParts + i) * kStride];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-          float4 w = W::unpack(q[r], i);
-          if (W::kScaled && kFold) w = make_float4(w.x * s[r], w.y * s[r], w.z * s[r], w.w * s[r]);
-          float* into = kPart ? sum + r * kTokens : acc + r * kTokens;
+          const float4 w = W::unpack(q[r], i);
+          float* into = sum + r * kTokens;
 #pragma unroll
           for (int t = 0; t < kTokens; ++t) into[t] = fmaf(w.x, v[t].x, into[t]);
 #pragma unroll
@@ -250,7 +272,7 @@ __device__ __forceinline__ void product(const uint4* __restrict__ weight,
         }
       }
 #pragma unroll
-      for (int i = 0; kPart && !W::kScaled && i < kRows * kTokens; ++i) acc[i] += sum[i];
+      for (int i = 0; !W::kScaled && i < kRows * kTokens; ++i) acc[i] += sum[i];
 #pragma unroll
       for (int r = 0; W::kScaled && r < kRows; ++r) {
         float b;
@@ -263,29 +285,167 @@ __device__ __forceinline__ void product(const uint4* __restrict__ weight,
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
           float& a = acc[r * kTokens + t];
-          if (kPart) a = fmaf(s[r], sum[r * kTokens + t], a);
+          a = fmaf(s[r], sum[r * kTokens + t], a);
           a = fmaf(b, sums[(step * kTokens + t) * 32 + lane], a);
         }
       }
     }
   }
 
-  constexpr int kBatch = kRows * kTokens < 32 ? kRows * kTokens : 32;
+  store<kRows, kTokens>(acc, lane, row0, token0, bias, y, rows, tokens, flags);
+}
+
+// Sums of kCount values over each kCount lanes, a power of two. Lane l of them gets in v[0] the sum
+// of value l.
+template <int kCount>
+__device__ __forceinline__ void lane_sums(float* v, int lane) {
 #pragma unroll
-  for (int first = 0; first < kRows * kTokens; first += kBatch) {
-    float v = warp_sums<kBatch>(acc + first, lane);
-    const int i = first + lane / (32 / kBatch);
-    const int n = row0 + i / kTokens, t = token0 + i % kTokens;
-    if (lane % (32 / kBatch) || n >= rows || t >= tokens) continue;
-    if (bias)
-      v += flags & kHalfBias ? number(static_cast<const __half*>(bias) + n)
-                             : number(static_cast<const float*>(bias) + n);
-    const size_t at = static_cast<size_t>(t) * rows + n;
-    if (flags & kHalfX)
-      static_cast<__half*>(y)[at] = __float2half(v);
-    else
-      static_cast<float*>(y)[at] = v;
+  for (int offset = kCount / 2; offset; offset /= 2) {
+    const bool upper = lane & offset;
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      if (i >= offset) continue;
+      const float keep = upper ? v[i + offset] : v[i];
+      const float give = upper ? v[i] : v[i + offset];
+      v[i] = keep + __shfl_xor_sync(kAll, give, offset);
+    }
   }
+}
+
+// The same for eight rows of x, a step staged at a time. Instructions bound it and not the memory:
+// for 32 columns of eight rows a lane needs 2048 multiplications, 128 to apply scales and offsets
+// and 261 to unpack, and about 480 for all else, which is why x is staged by clamped addresses
+// that only go on from row to row, and its sums by half the shuffles. Weights are asked for before x
+// is staged, so that both waits are one. Products of two rows of the weight take turns: neighbours
+// then differ in two of three registers, and the compiler pairs more of them. Predicted for INT4,
+// 4096 x 4096: 172 microseconds, 2.7 times one row; the FP32 units alone bound it at 79.
+template <class W, class Scale, Offset kOffset, int kRows>
+__device__ __forceinline__ void product_of_eight(
+    const uint4* __restrict__ weight, const Scale* __restrict__ scale,
+    const Scale* __restrict__ offset, const void* __restrict__ x, const void* __restrict__ bias,
+    void* __restrict__ y, int rows, int columns, int group_shift, int tokens, int flags) {
+  constexpr int kTokens = 8;
+  constexpr int kParts = W::kColumns / 4;
+  constexpr int kStride = 32 + 8 / kParts;      // of a part, in float4: no bank conflicts
+  constexpr int kSumStride = 32 + 32 / kParts;  // of a row of x: likewise
+  constexpr int kStaged = kTokens * kParts * 32 / kThreads;  // rows of x that a thread stages
+  static_assert(kRows % 2 == 0 && kStaged == kParts, "");
+  __shared__ float4 staged[kTokens * kParts * kStride];
+  __shared__ float sums[kTokens * kSumStride];
+
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  // The blocks that read the same weights run side by side.
+  const int token0 = blockIdx.x * kTokens, row0 = (blockIdx.y * kWarps + warp) * kRows;
+  const int units = static_cast<unsigned>(columns) / W::kColumns;  // of 128 bits, in a row
+  const int groups = ((units - 1) >> group_shift) + 1;
+  const unsigned piece = threadIdx.x % (kParts * 32), part = piece % kParts, owner = piece / kParts;
+  const int staged0 = threadIdx.x / (kParts * 32) * kStaged;
+  const float4 factor = W::factors(part);
+  // Rows past the end repeat the last one and are not stored.
+  const int first_row = min(row0, rows - 1), first_token = min(token0 + staged0, tokens - 1);
+  const int more_rows = rows - 1 - first_row, more_tokens = tokens - 1 - first_token;
+
+  float acc[kRows * kTokens];
+#pragma unroll
+  for (int i = 0; i < kRows * kTokens; ++i) acc[i] = 0.f;
+
+#pragma unroll 1
+  for (int base = 0; base < units; base += 32) {
+    float4 v[kStaged];
+    const int k0 = base * W::kColumns + static_cast<int>(piece) * 4;
+    const size_t from = static_cast<size_t>(first_token) * columns + k0;
+    if (k0 >= columns) {
+#pragma unroll
+      for (int t = 0; t < kStaged; ++t) v[t] = make_float4(0.f, 0.f, 0.f, 0.f);
+    } else if (flags & kHalfX) {
+      const __half* at = static_cast<const __half*>(x) + from;
+      uint2 h[kStaged];
+#pragma unroll
+      for (int t = 0; t < kStaged; ++t) {
+        h[t] = __ldg(reinterpret_cast<const uint2*>(at));
+        if (t < more_tokens) at += columns;
+      }
+#pragma unroll
+      for (int t = 0; t < kStaged; ++t) {
+        const float2 a = pair(h[t].x), b = pair(h[t].y);
+        v[t] = make_float4(a.x, a.y, b.x, b.y);
+      }
+    } else {
+      const float* at = static_cast<const float*>(x) + from;
+#pragma unroll
+      for (int t = 0; t < kStaged; ++t) {
+        v[t] = __ldg(reinterpret_cast<const float4*>(at));
+        if (t < more_tokens) at += columns;
+      }
+    }
+    // Lanes past the end repeat the last unit; their x is zero.
+    const int unit = min(base + lane, units - 1);
+    uint4 q[kRows];
+    const uint4* at = weight + static_cast<size_t>(first_row) * units + unit;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      q[r] = __ldg(at);
+      if (r < more_rows) at += units;
+    }
+
+    if (base) __syncthreads();
+    float total[kStaged];
+#pragma unroll
+    for (int t = 0; t < kStaged; ++t) {
+      total[t] = (v[t].x + v[t].y) + (v[t].z + v[t].w);
+      staged[((staged0 + t) * kParts + part) * kStride + owner] = make_float4(
+          v[t].x * factor.x, v[t].y * factor.y, v[t].z * factor.z, v[t].w * factor.w);
+    }
+    lane_sums<kParts>(total, lane);
+    sums[(staged0 + part) * kSumStride + owner] = total[0];
+    __syncthreads();
+
+    float sum[kRows * kTokens];
+#pragma unroll
+    for (int i = 0; i < kRows * kTokens; ++i) sum[i] = 0.f;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      float v[kTokens][4];
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) put(v[t], staged[(t * kParts + i) * kStride + lane]);
+#pragma unroll
+      for (int r = 0; r < kRows; r += 2) {
+        float w[2][4];
+        put(w[0], W::unpack(q[r], i)), put(w[1], W::unpack(q[r + 1], i));
+#pragma unroll
+        for (int j = 0; j < 8 * kTokens; ++j) {
+          const int odd = j % 2, t = j / 2 % kTokens, column = j / 2 / kTokens;
+          float& into = sum[(r + odd) * kTokens + t];
+          into = fmaf(w[odd][column], v[t][column], into);
+        }
+      }
+    }
+
+    size_t group = static_cast<size_t>(first_row) * groups + (unit >> group_shift);
+    float s[kRows], b[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      s[r] = number(scale + group);
+      b[r] = kOffset == kNone ? -128.f : number(offset + group);
+      if (r < more_rows) group += groups;
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (kOffset == kNone) b[r] *= s[r];
+      if (kOffset == kZero) b[r] *= -s[r];
+      s[r] *= kUnbias;
+    }
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const float of_x = sums[t * kSumStride + lane];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        float& a = acc[r * kTokens + t];
+        a = fmaf(b[r], of_x, fmaf(s[r], sum[r * kTokens + t], a));
+      }
+    }
+  }
+  store<kRows, kTokens>(acc, lane, row0, token0, bias, y, rows, tokens, flags);
 }
 
 // 32 bits of a weight a thread: out[i] for its eight INT4 or four INT8 columns. `out` is FP32,
@@ -317,46 +477,44 @@ __device__ __forceinline__ void dequantize(const unsigned* __restrict__ weight,
 
 }  // namespace gemv
 
-// The last three numbers: rows a warp, steps staged at a time, blocks that must fit an SMX, which
-// only one with GK210's 128 K registers has room for.
+// BLOCKS must fit an SMX, for which only one with GK210's 128 K registers has room. PRODUCT ends
+// with rows of x, rows a warp and steps staged at a time, or for eight rows of x with rows a warp.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 370
 #define GEMV_FIT(BLOCKS) 1
 #else
 #define GEMV_FIT(BLOCKS) BLOCKS
 #endif
-#define GEMV_W4(NAME, SCALE, OFFSET, TOKENS, ROWS, STEPS, BLOCKS)                                  \
-  extern "C" __global__ void __launch_bounds__(gemv::kThreads, GEMV_FIT(BLOCKS))                             \
+#define GEMV_W4(NAME, SCALE, OFFSET, TOKENS, BLOCKS, PRODUCT)                                      \
+  extern "C" __global__ void __launch_bounds__(gemv::kThreads, GEMV_FIT(BLOCKS))                   \
       gemv_w4_##NAME##_m##TOKENS(const uint4* weight, const SCALE* scale, const SCALE* offset,     \
                                  const void* x, const void* bias, void* y, int rows, int columns,  \
                                  int group_shift, int tokens, int flags) {                         \
-    gemv::product<gemv::Int4, SCALE, OFFSET, TOKENS, ROWS, STEPS, (TOKENS > 4)>(                   \
-        weight, scale, offset, x, bias, y, rows, columns, group_shift, tokens, flags);             \
+    PRODUCT(weight, scale, offset, x, bias, y, rows, columns, group_shift, tokens, flags);         \
   }
-#define GEMV_W8(NAME, SCALE, TOKENS, ROWS, STEPS, BLOCKS)                                          \
-  extern "C" __global__ void __launch_bounds__(gemv::kThreads, GEMV_FIT(BLOCKS))                             \
+#define GEMV_W8(NAME, SCALE, TOKENS, BLOCKS, PRODUCT)                                              \
+  extern "C" __global__ void __launch_bounds__(gemv::kThreads, GEMV_FIT(BLOCKS))                   \
       gemv_w8_##NAME##_m##TOKENS(const uint4* weight, const SCALE* scale, const void* x,           \
                                  const void* bias, void* y, int rows, int columns,                 \
                                  int group_shift, int tokens, int flags) {                         \
-    gemv::product<gemv::Int8, SCALE, gemv::kNone, TOKENS, ROWS, STEPS, (TOKENS > 4)>(              \
-        weight, scale, scale, x, bias, y, rows, columns, group_shift, tokens, flags);              \
+    PRODUCT(weight, scale, scale, x, bias, y, rows, columns, group_shift, tokens, flags);          \
   }
 #define GEMV_F16(TOKENS, ROWS, STEPS, BLOCKS)                                                      \
-  extern "C" __global__ void __launch_bounds__(gemv::kThreads, GEMV_FIT(BLOCKS)) gemv_f16_m##TOKENS(         \
-      const uint4* weight, const void* x, const void* bias, void* y, int rows, int columns,        \
-      int tokens, int flags) {                                                                     \
-    gemv::product<gemv::Half, float, gemv::kNone, TOKENS, ROWS, STEPS, false>(                     \
+  extern "C" __global__ void __launch_bounds__(gemv::kThreads, GEMV_FIT(BLOCKS))                   \
+      gemv_f16_m##TOKENS(const uint4* weight, const void* x, const void* bias, void* y, int rows,  \
+                         int columns, int tokens, int flags) {                                     \
+    gemv::product<gemv::Half, float, gemv::kNone, TOKENS, ROWS, STEPS>(                            \
         weight, nullptr, nullptr, x, bias, y, rows, columns, 0, tokens, flags);                    \
   }
-#define GEMV_W4_ALL(NAME, SCALE, OFFSET)     \
-  GEMV_W4(NAME, SCALE, OFFSET, 1, 4, 4, 5)   \
-  GEMV_W4(NAME, SCALE, OFFSET, 2, 4, 2, 4)   \
-  GEMV_W4(NAME, SCALE, OFFSET, 4, 4, 1, 4)   \
-  GEMV_W4(NAME, SCALE, OFFSET, 8, 8, 1, 2)
-#define GEMV_W8_ALL(NAME, SCALE)     \
-  GEMV_W8(NAME, SCALE, 1, 4, 8, 5)   \
-  GEMV_W8(NAME, SCALE, 2, 4, 4, 4)   \
-  GEMV_W8(NAME, SCALE, 4, 4, 2, 4)   \
-  GEMV_W8(NAME, SCALE, 8, 8, 2, 2)
+#define GEMV_W4_ALL(NAME, SCALE, OFFSET)                                                           \
+  GEMV_W4(NAME, SCALE, OFFSET, 1, 5, (gemv::product<gemv::Int4, SCALE, OFFSET, 1, 4, 4>))          \
+  GEMV_W4(NAME, SCALE, OFFSET, 2, 4, (gemv::product<gemv::Int4, SCALE, OFFSET, 2, 4, 2>))          \
+  GEMV_W4(NAME, SCALE, OFFSET, 4, 4, (gemv::product<gemv::Int4, SCALE, OFFSET, 4, 4, 1>))          \
+  GEMV_W4(NAME, SCALE, OFFSET, 8, 2, (gemv::product_of_eight<gemv::Int4, SCALE, OFFSET, 8>))
+#define GEMV_W8_ALL(NAME, SCALE)                                                                   \
+  GEMV_W8(NAME, SCALE, 1, 5, (gemv::product<gemv::Int8, SCALE, gemv::kNone, 1, 4, 8>))             \
+  GEMV_W8(NAME, SCALE, 2, 4, (gemv::product<gemv::Int8, SCALE, gemv::kNone, 2, 4, 4>))             \
+  GEMV_W8(NAME, SCALE, 4, 4, (gemv::product<gemv::Int8, SCALE, gemv::kNone, 4, 4, 2>))             \
+  GEMV_W8(NAME, SCALE, 8, 2, (gemv::product_of_eight<gemv::Int8, SCALE, gemv::kNone, 8>))
 
 #define DEQUANT_W4(NAME, SCALE, OFFSET)                                                            \
   extern "C" __global__ void __launch_bounds__(gemv::kThreads)                                     \

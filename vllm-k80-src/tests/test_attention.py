@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,6 +135,13 @@ def test_a_block_of_decode_is_one_of_about_as_many_as_fill_a_die() -> None:
     assert attention_kernels.splits(1, 0) == 1
 
 
+def test_a_batch_is_split_only_if_each_of_its_blocks_has_a_counter() -> None:
+    source = (Path(__file__).parent.parent / "csrc" / "attention.cu").read_text()
+    counters = int(re.findall(r"kCounters = (\d+);", source)[0])
+    assert attention_kernels.splits(counters, 32768) == 4
+    assert attention_kernels.splits(counters + 1, 32768) == 1
+
+
 def tensors(dtype: torch.dtype, **changed: Any) -> dict[str, Any]:
     """Arguments of `paged_attention` that fit, but for what is ``changed``."""
     return {
@@ -235,7 +243,7 @@ def test_the_fat_binary_holds_every_kernel_that_is_launched() -> None:
         pytest.skip("no fat binary or no cuobjdump here: csrc/build.sh vllm_k80/kernels")
     command = ["cuobjdump", "-res-usage", str(driver.FAT_BINARY)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    names = {f"reshape_and_cache_{kind}" for kind in ("f16", "f32")} | {"paged_attention_combine"}
+    names = {f"reshape_and_cache_{kind}" for kind in ("f16", "f32")}
     for kind, size in itertools.product(("f16", "f32"), (64, 128, 256)):
         names |= {f"varlen_attention_{kind}_d{size}"}
         names |= {

@@ -187,6 +187,42 @@ def test_blocks_have_three_numbers() -> None:
     assert result.warp_instructions["fp"] == 1
 
 
+def test_lanes_leave_a_loop_one_after_the_other() -> None:
+    code = [
+        "S2R R2, SR_TID.X",  # 0x08
+        "MOV R0, RZ",  # 0x10
+        "PBK 0x50",  # 0x18
+        "FADD R1, R1, R1",  # 0x20
+        "IADD32I R0, R0, 0x1",  # 0x28
+        "ISETP.GT.AND P0, PT, R0, R2, PT",  # 0x30
+        "@P0 BRK",  # 0x38: lane l after l + 1 times
+        "BRA 0x20",  # 0x48, behind the control word at 0x40
+        "FADD R3, R3, R3",
+    ]
+    assert run(*code).warp_instructions["fp"] == 32 + 1
+
+
+# A block counts its arrival, up to the limit in R2; the last one goes on.
+ARRIVE = ["ATOM.E.INC R6, [R4], R2", "ISETP.NE.AND P0, PT, R6, R2, PT", "@P0 EXIT"]
+
+
+@pytest.mark.parametrize(("splits", "last"), [(3, 2), (5, 1), (8, 1)])
+def test_the_last_block_that_arrives_goes_on(splits: int, last: int) -> None:
+    """This SMX has five blocks of 65, of which every ``splits`` share a counter."""
+    code = [*FIRST, f"MOV32I R2, 0x{splits - 1:x}", *ARRIVE, "FADD R1, R1, R1"]
+    assert run(*code, blocks=5 * 13).warp_instructions["fp"] == last
+
+
+def test_a_fence_waits_for_stores() -> None:
+    fence, store = (run(*FIRST, *code, "MEMBAR.GL").cycles for code in ([], ["ST.E [R4], R2"]))
+    assert store - fence > smx.SETTINGS["dram_latency"] - 10
+
+
+def test_the_size_of_the_grid_is_known() -> None:
+    code = ["MOV R2, c[0x0][0x34]", "ISETP.EQ.AND P0, PT, R2, 0x1a, PT", "@!P0 EXIT"]
+    assert run(*code, "FADD R1, R1, R1", blocks=26).warp_instructions["fp"] == 2
+
+
 def test_occupancy_is_bound_by_registers_shared_memory_and_slots() -> None:
     def blocks(registers: int, shared: int, threads: int = 256) -> int:
         return smx.occupancy(smx.Launch((1, 1), threads, [], registers, shared))
@@ -219,14 +255,13 @@ def test_the_int4_kernel_is_not_predicted_slower_than_before(kernels) -> None:
 
 
 def test_attention_is_not_predicted_slower_than_before(kernels) -> None:
-    for case in kernels_predict.paged_attention(kernels, 32, 8, 512, 1):
-        is_not_slower(kernels, case)
+    is_not_slower(kernels, kernels_predict.paged_attention(kernels, 32, 8, 512, 1))
     is_not_slower(kernels, kernels_predict.varlen_attention(kernels, 2, 2, 128))
 
 
 def test_decode_is_split_as_the_operator_does_it(kernels) -> None:
     for sequences, kv_heads in ((1, 8), (1, 32), (8, 8), (3, 4)):
-        case = kernels_predict.paged_attention(kernels, 32, kv_heads, 2048, sequences)[0]
+        case = kernels_predict.paged_attention(kernels, 32, kv_heads, 2048, sequences)
         tiles, splits, _ = case.launch.grid
         group = attention_kernels.tile_of_heads(32 // kv_heads)
         assert tiles == kv_heads * -(-(32 // kv_heads) // group)

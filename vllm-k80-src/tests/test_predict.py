@@ -60,7 +60,7 @@ def test_a_tiny_step_is_the_sum_of_its_launches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every cost a round number, so that the sum can be checked with a pencil."""
-    fixed = {"gemv_f16_m1": 10, "paged_attention_f16_d128_h4": 20, "paged_attention_combine": 5}
+    fixed = {"gemv_f16_m1": 10, "paged_attention_f16_d128_h4": 20}
     fixed |= {"fused_add_rms_norm_f16": 7, "rotary_embedding_f16": 2}
     fixed |= {"reshape_and_cache_f16": 1, "silu_and_mul_f16": 3}
     costs = {"kernels": {name: [us, 0] for name, us in fixed.items()}, "launch_us": 3}
@@ -72,9 +72,9 @@ def test_a_tiny_step_is_the_sum_of_its_launches(
     assert predict.decode(tiny, 1, 100) == pytest.approx(
         {
             "linear": (2 * 4 * 10 + 10) / 1e3,  # four products a layer, and the head
-            "attention": 2 * (20 + 5) / 1e3,
+            "attention": 2 * 20 / 1e3,
             "norms_and_activations": 2 * (7 + 7 + 2 + 1 + 1 + 3) / 1e3,
-            "launches": (2 * (4 + 2 + 6) + 20) * 3 / 1e3,
+            "launches": (2 * (4 + 1 + 6) + 20) * 3 / 1e3,
             "host": (1.0 + 0.5) * 2,
         }
     )
@@ -281,8 +281,7 @@ def test_the_table_is_of_the_kernels_that_the_baseline_is_of() -> None:
             us = predict.product_us(predict.Weight(n, k, found[1], group), m)
         elif found := re.fullmatch(r"paged_attention_f16_d128_h\d", kernel):
             of = predict.Model("", "", "half", 0, 0, n, n // group, 128, 2, None, k)
-            us, launches = predict.attention_us(of, m, k)
-            us -= (launches - 1) * predict.COSTS["kernels"]["paged_attention_combine"][0]
+            us = predict.attention_us(of, m, k)
         else:
             continue
         compared.add(kernel)
@@ -301,7 +300,6 @@ def a_report() -> list[dict[str, Any]]:
     lines = [entry("gemv_w4_f16_m1", 3 + 8 + 1.1 * x, x) for x in (50, 100, 200)]
     lines.append(entry("gemv_w4_f16_m8", 3 + 8 + 4 * 50, 50))
     lines += [entry("silu_and_mul_f16", 3 + 2 + n / 5e3, 0.1, n) for n in (5000, 10000)]
-    lines += [entry("paged_attention_combine", us, 0.5) for us in (9.0, 10.0)]
     products = 32 * 128 * 4096 * 4097
     lines.append(entry("varlen_attention_f16_d128", 3 + 2e-6 * products, 1, 32))
     lines.append(entry("naive_gemv_w4", 0.7 * 209.1, 1))
@@ -314,7 +312,6 @@ def test_the_table_is_what_a_report_says() -> None:
         "gemv_w4_f16_m1": pytest.approx([8, 1.1]),
         "gemv_w4_f16_m8": pytest.approx([8, 4]),  # one line: what m1 takes for nothing, and a slope
         "silu_and_mul_f16": pytest.approx([2, 0.2]),
-        "paged_attention_combine": [7, 0],
     }
     assert made["varlen_us_a_million_products"] == pytest.approx(2)
     assert made["of_measured"] == {"4096x4096": 0.7}

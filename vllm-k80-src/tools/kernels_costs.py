@@ -26,7 +26,7 @@ COSTS = SOURCE / "vllm_k80" / "costs.json"
 # The newest measurement of the engine, on another GPU: the host's part does not depend on the card.
 ENGINE = max((SOURCE / "benchmarks" / "results").glob("*-engine.json"))
 _BY_MEMORY = re.compile(r"gemv_(w4|w8)_f16_m|gemv_f16_m|paged_attention_f")
-_BY_ELEMENTS = re.compile(r"fused_add_rms_norm|rotary|reshape|silu|paged_attention_combine")
+_BY_ELEMENTS = re.compile(r"fused_add_rms_norm|rotary|reshape|silu")
 
 
 def line(x: np.ndarray, us: np.ndarray, fixed: float = 0.0) -> tuple[float, float]:
@@ -49,17 +49,12 @@ def kernels(report: list[dict[str, Any]]) -> dict[str, list[float]]:
         if _BY_MEMORY.match(name):
             points.setdefault(name, []).append((entry["dram_bound_us"], us))
         elif _BY_ELEMENTS.match(name):
-            # What combines the parts of attention takes as long for all heads that there are.
-            x = 0.0 if name == "paged_attention_combine" else entry["n"] / 1e3
-            points.setdefault(name, []).append((x, us))
+            points.setdefault(name, []).append((entry["n"] / 1e3, us))
     fitted: dict[str, tuple[float, float]] = {}
     for name in sorted(points, key=lambda name: -len(points[name])):
         sibling = re.sub(r"_h8$", "_h4", re.sub(r"_m\d$", "_m1", name))
         x, us = np.array(points[name]).T
-        if x.any():
-            fitted[name] = line(x, us, fitted.get(sibling, (0.0, 0.0))[0])
-        else:
-            fitted[name] = float(us.max()), 0.0
+        fitted[name] = line(x, us, fitted.get(sibling, (0.0, 0.0))[0])
     return {name: [round(number, 4) for number in fitted[name]] for name in sorted(fitted)}
 
 

@@ -146,8 +146,8 @@ def _cached(heads: int, kv_heads: int, context: int, sequences: int) -> tuple[An
 
 def paged_attention(
     kernels: dict[str, Compiled], heads: int, kv_heads: int, context: int, sequences: int
-) -> list[Case]:
-    """Decode: the kernel and, if there are several splits, the one that combines them."""
+) -> Case:
+    """Decode, with all that its splits take."""
     group = heads // kv_heads
     tile = 1 if group == 1 else 4 if group <= 4 else 8  # vllm_k80/ops/attention_kernels.py
     tiles = kv_heads * -(-group // tile)
@@ -156,22 +156,12 @@ def paged_attention(
     rows = smx.Pointer(4 * sequences * heads * HEAD_SIZE)
     partial = smx.Pointer(4 * sequences * heads * splits * (HEAD_SIZE + 4))
 
-    def case(
-        name: str, grid: tuple[int, ...], arguments: list[Any], least: float, weights: float
-    ) -> Case:
-        used = kernels[name]
-        launch = smx.Launch(grid, 128, arguments, used.registers, used.shared_bytes, used.constants)
-        return Case(name, heads, context, sequences, launch, least, group, weights)
-
-    arguments = [rows, smx.Pointer(cache), rows, partial, *batch, splits]
     name = f"paged_attention_f16_d128_h{tile}"
-    cases = [case(name, (tiles, splits, sequences), arguments, cache + 2 * rows.size, cache / 2)]
-    if splits > 1:
-        arguments = [partial, rows, batch[0], HEAD_SIZE, context, 0, splits, 0]
-        least, results = partial.size + rows.size, partial.size / 4
-        name = "paged_attention_combine"
-        cases.append(case(name, (heads, sequences), arguments, least, results))
-    return cases
+    used, grid = kernels[name], (tiles, splits, sequences)
+    arguments = [rows, smx.Pointer(cache), rows, partial, *batch, splits]
+    launch = smx.Launch(grid, 128, arguments, used.registers, used.shared_bytes, used.constants)
+    least = cache + 2 * rows.size
+    return Case(name, heads, context, sequences, launch, least, group, cache / 2)
 
 
 def varlen_attention(kernels: dict[str, Compiled], heads: int, kv_heads: int, tokens: int) -> Case:
@@ -261,11 +251,11 @@ def cases(kernels: dict[str, Compiled], quick: bool) -> list[Case]:
     shapes = SHAPES_7B[:1] if quick else SHAPES_7B + SHAPES_13B
     chosen = [gemv(kernels, "w4_f16", n, k, 1) for n, k in shapes]
     chosen += [gemv(kernels, kind, n, k, 1) for kind in ("w8_f16", "f16") for n, k in shapes[:3]]
-    chosen += paged_attention(kernels, 32, 8, 2048, 1)
+    chosen.append(paged_attention(kernels, 32, 8, 2048, 1))
     if not quick:
         for kv_heads, sequences in ((32, 1), (8, 8), (32, 8)):
-            chosen += paged_attention(kernels, 32, kv_heads, 2048, sequences)
-        chosen += paged_attention(kernels, 32, 4, 2048, 1)
+            chosen.append(paged_attention(kernels, 32, kv_heads, 2048, sequences))
+        chosen.append(paged_attention(kernels, 32, 4, 2048, 1))
         chosen.append(varlen_attention(kernels, 16, 4, 256))
         chosen += layer_kernels(kernels, 4096, 11008, 32, 32)
         chosen += layer_kernels(kernels, 5120, 13824, 40, 40)

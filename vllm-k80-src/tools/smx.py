@@ -23,6 +23,10 @@ The model, one SMX of the die with its share of the memory:
   byte sectors; then L2; then DRAM, each a queue with a bandwidth and a latency. The L2 holds what
   this SMX has read before.
 - The SMX gets every 13th block, as many at once as registers, shared memory and slots allow.
+- Blocks may count their arrivals with atomicInc, once each; n of them share a counter, and the
+  last does more. The other SMX are taken to go at the same pace: the last block to arrive here is
+  the last of its counter, and so is every n-th before it. What the last does is thus never left
+  out, nor counted less often than it happens. A fence waits until the warp's stores are in memory.
 
 Control codes: in sm_35/37 code every eighth 64-bit word holds seven codes of eight bits, as public
 disassemblers document; 0x04 is issue with the next instruction, 0x20 + n is wait n clocks.
@@ -68,6 +72,7 @@ _CLASS = {
     "LDG": "texture",
     "LD": "memory",
     "ST": "memory",
+    "ATOM": "memory",
     "BAR": "barrier",
     "TEXDEPBAR": "wait",
     "VOTE": "int",
@@ -267,13 +272,15 @@ class _Warp:
         self.predicates[7] = True
         self.carry = np.zeros(32, dtype=bool)
         self.active, self.exited = _ALL, np.zeros(32, dtype=bool)
-        self.stack: list[tuple[int, np.ndarray]] = []
+        # Where paths join or go on, with which lanes, and whether it is the end of a loop (PBK).
+        self.stack: list[tuple[int, np.ndarray, bool]] = []
         self.calls: list[int] = []
         self.pc = 0
         self.done = False
         self.earliest = start
         self.ready = dict[int, float]()
         self.fetches: deque[float] = deque(maxlen=64)
+        self.stored = 0.0  # when its last store has reached memory
 
 
 @dataclass
@@ -287,12 +294,17 @@ class _Block:
 class _Code:
     """The program with its arguments bound, as functions that run one instruction on a warp."""
 
-    def __init__(self, program: list[Instruction], launch: Launch) -> None:
+    def __init__(
+        self, program: list[Instruction], launch: Launch, settings: dict[str, float]
+    ) -> None:
         self.program = program
         self.at = {instruction.address: n for n, instruction in enumerate(program)}
         self.bank0 = np.zeros(0x400, dtype=np.uint8)
         self.bank2 = np.frombuffer(launch.constants.ljust(0x400, b"\0"), dtype=np.uint8)
         self.bank0[0x28:0x2C] = np.frombuffer(np.uint32(launch.block).tobytes(), np.uint8)
+        grid = np.array((*launch.grid, 1, 1)[:3], np.uint32)
+        self.bank0[0x34:0x40] = np.frombuffer(grid.tobytes(), np.uint8)
+        self.to_arrive = -(-math.prod(launch.grid) // int(settings["smx"]))  # blocks of this SMX
         self.contents: list[tuple[int, np.ndarray]] = []  # address and 32-bit words of buffers
         offset, free = 0x140, 1 << 32  # where arguments start on this card; buffers anywhere
         for argument in launch.arguments:
@@ -566,6 +578,14 @@ class _Code:
             return self._shuffle(i, get)
         if name == "VOTE":
             return get[-1]
+        if name == "ATOM" and "INC" in modifiers:
+
+            def arrive(w: _Warp) -> Any:
+                self.to_arrive -= 1
+                limit = get[2](w).astype(np.int64)
+                return ((limit - self.to_arrive) % (limit + 1)).astype(u32)
+
+            return arrive
         if name == "FCHK":  # whether a division is one of the rare ones
             return lambda w: (False, False)
         if name == "FSETP":  # of zeros
@@ -665,10 +685,9 @@ class _Memory:
             arrival = max(arrival, there)
         return arrival
 
-    def write(self, sectors: list[int], now: float) -> None:
-        """Stores take bandwidth; nobody waits for them."""
-        for _ in sectors:
-            self._dram(now)
+    def write(self, sectors: list[int], now: float) -> float:
+        """Stores take bandwidth; only a fence waits for them, until the time returned."""
+        return max((self._dram(now) for _ in sectors), default=now)
 
 
 def _replays(addresses: np.ndarray, width: int, lanes: int) -> int:
@@ -702,7 +721,7 @@ class _Smx:
     def __init__(
         self, program: list[Instruction], launch: Launch, settings: dict[str, float]
     ) -> None:
-        self.code, self.launch, self.s = _Code(program, launch), launch, settings
+        self.code, self.launch, self.s = _Code(program, launch, settings), launch, settings
         self.memory = _Memory(settings)
         self.units = dict.fromkeys([*_RATE, "shared", "texture", "memory", "barrier", "wait"], 0.0)
         self.counts: dict[str, int] = {}
@@ -822,6 +841,8 @@ class _Smx:
         if i.name == "BRA":
             gap = max(gap, 10)
         w.earliest = now + gap
+        if i.name == "MEMBAR":
+            w.earliest = max(w.earliest, math.ceil(w.stored))
         if i.run is not None:
             i.run(w, mask)
         self._step(w, i, mask, now)
@@ -851,7 +872,7 @@ class _Smx:
         listed = sectors.tolist()
         if i.name == "ST":
             self.units[unit] = start + 1
-            self.memory.write(listed, now)
+            w.stored = max(w.stored, self.memory.write(listed, now))
             return 0
         if i.unit == "texture":
             lines = len(np.unique(sectors >> 2))
@@ -869,13 +890,22 @@ class _Smx:
     def _step(self, w: _Warp, i: Instruction, mask: np.ndarray, now: int) -> None:
         """Where ``w`` goes next."""
         following = w.pc + 1
-        if i.name == "SSY":
-            w.stack.append((self.code.index(i.target), w.active))
+        if i.name in ("SSY", "PBK"):
+            w.stack.append((self.code.index(i.target), w.active, i.name == "PBK"))
+        elif i.name == "BRK" and mask.any():
+            # These lanes wait at the loop's end: nothing inside of it is theirs any more.
+            end = max(n for n, (_, _, is_end) in enumerate(w.stack) if is_end)
+            inside = [(to, lanes & ~mask, is_end) for to, lanes, is_end in w.stack[end + 1 :]]
+            w.stack[end + 1 :] = inside
+            w.active = w.active & ~mask
+            if not w.active.any():
+                resumed = self._resume(w)
+                following = following if resumed is None else resumed
         elif i.name == "BRA":
             if mask is w.active or mask.all() or not (w.active & ~mask).any():
                 following = self.code.index(i.target)
             elif mask.any():
-                w.stack.append((w.pc + 1, w.active & ~mask))
+                w.stack.append((w.pc + 1, w.active & ~mask, False))
                 w.active, following = mask, self.code.index(i.target)
         elif i.name == "CAL":
             w.calls.append(w.pc + 1)
@@ -907,7 +937,7 @@ class _Smx:
 
     def _resume(self, w: _Warp) -> int | None:
         while w.stack:
-            position, lanes = w.stack.pop()
+            position, lanes, _ = w.stack.pop()
             lanes = lanes & ~w.exited
             if lanes.any():
                 w.active = _ALL if lanes.all() else lanes

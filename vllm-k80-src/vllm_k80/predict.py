@@ -365,8 +365,8 @@ def tile_of_heads(group: int) -> int:
     return 1 if group == 1 else 4 if group <= 4 else 8
 
 
-def attention_us(model: Model, batch: int, context: int) -> tuple[float, int]:
-    """Microseconds of a layer's paged attention in decode, without launches; and the launches."""
+def attention_us(model: Model, batch: int, context: int) -> float:
+    """Microseconds of a layer's paged attention in decode, without the launch."""
     group = model.heads // model.kv_heads
     tile = tile_of_heads(group)
     tiles = -(-group // tile)  # each reads the keys and values again
@@ -374,16 +374,11 @@ def attention_us(model: Model, batch: int, context: int) -> tuple[float, int]:
     cache = 2 * batch * keys * model.kv_heads * model.head_size * model.element * tiles
     vectors = 2 * 4 * batch * model.heads * model.head_size
     # An FP32 cache is taken to be read as fast, in bytes, as an FP16 one; other head sizes as 128.
-    us = _line(f"paged_attention_f16_d128_h{tile}", _memory_us(cache + vectors))
-    # Few heads are split over the sequence, until there are 65 blocks (ops/attention_kernels.py).
-    if 65 // (batch * model.kv_heads * tiles) <= 1:
-        return us, 1
-    return us + _line("paged_attention_combine", 0), 2
+    return _line(f"paged_attention_f16_d128_h{tile}", _memory_us(cache + vectors))
 
 
 def decode(model: Model, batch: int, context: int) -> dict[str, float]:
     """Milliseconds of a step that makes one token for each of ``batch`` sequences, by operator."""
-    attention, attention_launches = attention_us(model, batch, context)
     width, keys = model.heads * model.head_size, model.kv_heads * model.head_size
     small = [
         *[("fused_add_rms_norm_f16", model.hidden)] * 2,
@@ -397,12 +392,12 @@ def decode(model: Model, batch: int, context: int) -> dict[str, float]:
     others = sum(_line(kernel, n / 1e3) for kernel, n in small)
     others += sum(_memory_us(4 * model.element * (batch - 1) * n) for _, n in small)
     linear = sum(product_us(weight, batch) for layer in model.layers for weight in layer)
-    launches = sum(len(layer) + attention_launches + len(small) for layer in model.layers)
+    launches = sum(len(layer) + 1 + len(small) for layer in model.layers)
     launches += _STEP_LAUNCHES
     host = COSTS["host_ms"]["step"] + COSTS["host_ms"]["sequence"] * batch
     return {
         "linear": (linear + product_us(model.head, batch)) / 1e3,
-        "attention": attention * len(model.layers) / 1e3,
+        "attention": attention_us(model, batch, context) * len(model.layers) / 1e3,
         "norms_and_activations": others * len(model.layers) / 1e3,
         "launches": launches * COSTS["launch_us"] / 1e3,
         "host": host * _OLDER_HOST,

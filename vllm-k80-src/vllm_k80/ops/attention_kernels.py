@@ -25,6 +25,7 @@ _BLOCKS = 5 * 13
 # one batch.
 _LONG_SPLIT = 8192
 _MAX_SPLITS = 64
+_COUNTERS = 16384  # of csrc/attention.cu: one for each block of a split
 
 
 @functools.cache
@@ -40,6 +41,8 @@ def splits(blocks: int, max_seq_len: int) -> int:
         blocks: key heads, or tiles of their query heads, of all sequences together.
         max_seq_len: keys of the longest sequence, at most.
     """
+    if blocks > _COUNTERS:
+        return 1  # splits could not be combined, and need not be made
     wanted = max(_BLOCKS // blocks, -(-max_seq_len // _LONG_SPLIT))
     return max(1, min(wanted, -(-max_seq_len // _SPLIT_KEYS), _MAX_SPLITS))
 
@@ -124,7 +127,8 @@ def paged_attention(
 ) -> None:
     """See `attention_reference.paged_attention`; kernels ``paged_attention_...``.
 
-    With several splits their results go through a buffer, and a second kernel combines them.
+    Several splits leave their results in a buffer, and the last of them combines all. Launches on
+    one device must follow each other: they share the counters by which it knows that it is.
     """
     options = (window, soft_cap, alibi_slopes)
     if not driver.available():
@@ -162,19 +166,6 @@ def paged_attention(
         *_batch(query, kv_cache, out, seq_lens, block_table, stride, scale, *options),
         parts,
     )
-    if partial is not None:
-        driver.kernel("paged_attention_combine", "pppiiiii", device.index).launch(
-            (heads, sequences),
-            _DECODE_THREADS,
-            partial.data_ptr(),
-            out.data_ptr(),
-            seq_lens.data_ptr(),
-            head_size,
-            block_table.shape[1] * kv_cache.shape[2],
-            window,
-            parts,
-            (out.dtype == torch.float16) * _HALF_OUT,
-        )
 
 
 def varlen_attention(
