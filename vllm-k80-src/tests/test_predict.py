@@ -207,8 +207,8 @@ def test_it_needs_neither_torch_nor_vllm(tmp_path: Path) -> None:
     [
         ({"architectures": ["GPT2LMHeadModel"]}, [], "architecture GPT2LMHeadModel cannot"),
         ({"architectures": ...}, [], "architecture .none. cannot be judged"),
-        ({"quantization_config": {"quant_method": "gptq"}}, [], "quantization gptq is not served"),
-        ({"quantization_config": "awq"}, [], "quantization awq is not served"),
+        ({"quantization_config": {"quant_method": "gptq"}}, [], "quantization gptq is not judged"),
+        ({"quantization_config": "awq"}, [], "quantization awq is not judged"),
         ({"hidden_size": ...}, [], "hidden_size is None; a whole number above 0 is needed"),
         ({"hidden_size": "4096"}, [], "hidden_size is '4096'"),
         ({"torch_dtype": "float8"}, [], "torch_dtype is float8; float16, .* Say --dtype half"),

@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("selftest", help="run a tiny known model on this die and compare")
     info = commands.add_parser("info", help="what this installation consists of and runs on")
     info.add_argument("--json", action="store_true", help="for programs")
+    commands.add_parser("support", help="which quantizations are served, and what to use instead")
     return parser
 
 
@@ -95,6 +96,10 @@ def main(argv: list[str] | None = None) -> int:
                 from vllm_k80 import info
 
                 info.show(as_json=arguments.json)
+            case "support":
+                from vllm_k80.quantization import methods
+
+                print(methods.table())
     except UserError as error:
         print(f"vllm-k80: {error}", file=sys.stderr)
         return 1

@@ -14,9 +14,10 @@ def install() -> None:
     import vllm.utils
 
     from vllm_k80 import layers
-    from vllm_k80.quantization import gguf
+    from vllm_k80.quantization import awq, compressed, gguf, gptq, k80, loader
 
-    gguf.register()
+    for part in (gguf, gptq, awq, compressed, k80, loader):
+        part.register()
 
     # Upstream's registry hook covers custom operators; linear layers without quantization
     # ask this function instead, by the name that these two modules imported.

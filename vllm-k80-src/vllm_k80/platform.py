@@ -8,6 +8,7 @@ import torch
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 
 from vllm_k80 import device
+from vllm_k80.quantization import methods
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -122,6 +123,12 @@ class K80Platform(Platform):
                 "Attention sinks (gpt-oss) are not served on a K80: there is no operator for them."
             )
         return "vllm_k80.attention.K80AttentionBackend"
+
+    @classmethod
+    def verify_quantization(cls, quant: str) -> None:
+        """Refuse a quantization that is not served, with the reason and what to use instead."""
+        if refusal := methods.refusal(quant):
+            raise ValueError(refusal)
 
     @classmethod
     def pre_register_and_update(cls, parser: Any = None) -> None:

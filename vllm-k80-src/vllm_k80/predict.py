@@ -187,8 +187,8 @@ def of_directory(path: Path, dtype: str, weights: str | None) -> Model:
         if isinstance(quantization, dict):
             quantization = quantization.get("quant_method")
         raise UserError(
-            f"{file}: quantization {quantization} is not served, so it cannot be judged. Use a "
-            f"GGUF file of Q4_1 or Q8_0, or see with --weights int4 what such a model would do."
+            f"{file}: quantization {quantization} is not judged by its configuration. Say with "
+            f"--weights int4 or int8 how many bits its weights have."
         )
     stored = str(config.get("torch_dtype") or config.get("dtype"))
     if dtype == "auto" and stored not in _CONFIG_DTYPES:

@@ -1,5 +1,7 @@
 """``vllm-k80 serve``: vLLM's own server, told where things are and how ready it is."""
 
+import argparse
+import json
 import os
 import sys
 import tempfile
@@ -7,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_k80.errors import UserError
+from vllm_k80.quantization import methods
 
 MIDDLEWARE = "vllm_k80.readiness.ReadinessMiddleware"
 
@@ -20,6 +23,37 @@ def metadata_cache() -> Path:
     return Path(named) if named else Path(tempfile.gettempdir()) / f"vllm-k80-{os.getuid()}"
 
 
+def _check_quantization(model: str, flags: list[str]) -> None:
+    """Refuse what the engine would refuse too, but later and among its own words.
+
+    Args:
+        model: directory of a checkpoint, or anything else, whose configuration is then unknown.
+        flags: of ``vllm serve``.
+
+    Raises:
+        UserError: a quantization that is not served, or one on top of another.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--quantization", "-q")
+    asked = parser.parse_known_args(flags)[0].quantization
+    if asked and (refusal := methods.refusal(asked.lower())):
+        raise UserError(refusal)
+    try:
+        config = json.loads((Path(model) / "config.json").read_text())
+    except OSError:
+        return
+    except ValueError as error:
+        raise UserError(f"{model}/config.json is damaged: {error}.") from None
+    quantized = config.get("quantization_config") or config.get("compression_config")
+    if not quantized:
+        return
+    if refusal := methods.checkpoint_refusal(quantized):
+        raise UserError(f"{model}: {refusal}")
+    if asked and asked.startswith("k80-"):
+        method = quantized.get("quant_method")
+        raise UserError(f"{model} is quantized already, by {method}. Leave --quantization out.")
+
+
 def server_arguments(model: str, rest: list[str]) -> list[str]:
     """Arguments of ``vllm serve`` for this model.
 
@@ -28,9 +62,10 @@ def server_arguments(model: str, rest: list[str]) -> list[str]:
         rest: flags of ``vllm serve``; those given here win over what would be added.
 
     Raises:
-        UserError: a path that does not exist, or a file that cannot be served.
+        UserError: a path that does not exist, or a checkpoint that cannot be served.
     """
     path = Path(model)
+    _check_quantization(model, rest)
     given = {flag.split("=")[0] for flag in rest}
     arguments = ["serve", model, *rest, "--middleware", MIDDLEWARE]
     if path.suffix == ".gguf":

@@ -12,13 +12,13 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 from vllm.model_executor import model_loader
-from vllm.model_executor.layers import quantization
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import gguf as upstream
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.gguf_loader import GGUFModelLoader
 
 from vllm_k80.quantization.gguf_file import SUPPORTED_TYPES, shared_reader
+from vllm_k80.quantization.linear import apply, attach, register_config
 from vllm_k80.quantization.packed import PackedWeight, concatenate
 
 _HALF = 2  # bytes of an FP16 scale at the head of a block
@@ -115,17 +115,10 @@ class K80GGUFLinearMethod(upstream.GGUFLinearMethod):
         else:
             weights = [pack(raw.data.to(device), kinds.weight_type)]
         del layer.qweight, layer.qweight_type, raw
-        layer.packed_weights = concatenate(weights)
-        # Registered so that memory accounting and .to(device) see them.
-        for index, weight in enumerate(layer.packed_weights):
-            for name, part in weight.named_parts().items():
-                layer.register_buffer(f"{name}_{index}", part, persistent=False)
+        attach(layer, concatenate(weights))
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if len(layer.packed_weights) == 1:
-            return layer.packed_weights[0].linear(x, bias)
-        y = torch.cat([weight.linear(x) for weight in layer.packed_weights], dim=-1)
-        return y if bias is None else y + bias
+        return apply(layer, x, bias)
 
 
 class K80GGUFEmbeddingMethod(K80GGUFLinearMethod):
@@ -165,10 +158,6 @@ class K80GGUFModelLoader(GGUFModelLoader):
 
 
 def register() -> None:
-    """Make ours what vLLM takes for ``gguf``.
-
-    Upstream's decorators refuse or warn of names that exist already. Its tables do not:
-    customized methods take precedence in both.
-    """
-    quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG["gguf"] = K80GGUFConfig
+    """Make ours what vLLM takes for ``gguf``, loader included (as `linear.register_config`)."""
+    register_config("gguf", K80GGUFConfig)
     model_loader._LOAD_FORMAT_TO_MODEL_LOADER["gguf"] = K80GGUFModelLoader

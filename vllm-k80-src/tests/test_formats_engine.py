@@ -1,0 +1,286 @@
+"""Tiny checkpoints of each format, through the whole engine: the tokens of their dequantized twin.
+
+All engines run one after the other in one process: importing vLLM takes longer than a tiny model.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.quantized_compressors.pack_quantized import pack_to_int32
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    awq_pack,
+    gptq_pack,
+    pack_cols,
+    quantize_weights,
+)
+from vllm.scalar_type import scalar_types
+
+from vllm_k80.quantization import k80
+
+pytestmark = pytest.mark.engine
+
+PROMPT, TOKENS, LAYERS = [1, 17, 200, 33, 5], 6, 2
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+    "initializer_range": 0.25,
+    "torch_dtype": "float32",
+}
+
+# A linear layer's weight [N, K] to the tensors that a checkpoint has in its place, and to what
+# these stand for.
+Quantize = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
+
+
+def _integers(weight: Tensor, bits: int, group: int, symmetric: bool) -> tuple[Tensor, ...]:
+    """q, zero and FP16 scale by vLLM's code, [K, N] and [groups, N]; and what they stand for."""
+    biased = {4: scalar_types.uint4b8, 8: scalar_types.uint8b128}
+    unsigned = {4: scalar_types.uint4, 8: scalar_types.uint8}
+    kind = biased[bits] if symmetric else unsigned[bits]
+    _, q, scale, zero = quantize_weights(weight.t(), kind, group, zero_points=not symmetric)
+    if zero is None:
+        zero = torch.full_like(scale, 1 << (bits - 1), dtype=torch.int32)
+    scale = scale.half()
+    size = len(q) // len(scale)
+    wide = (q - zero.repeat_interleave(size, 0)) * scale.float().repeat_interleave(size, 0)
+    return q, zero, scale, wide
+
+
+def gptq(bits: int, group: int, symmetric: bool, act_order: bool) -> Quantize:
+    def quantize(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        rows, columns = weight.shape
+        order = torch.randperm(columns) if act_order else torch.arange(columns)
+        # Groups are of columns in the order in which GPTQ has taken them.
+        q, zero, scale, wide = _integers(weight[:, order], bits, group, symmetric)
+        back = order.argsort()
+        tensors = {
+            "qweight": gptq_pack(q[back], bits, columns, rows),
+            "qzeros": pack_cols((zero - 1) % (1 << bits), bits, len(zero), rows),
+            "scales": scale,
+            "g_idx": (torch.arange(columns) // (len(q) // len(scale)))[back].int(),
+        }
+        return tensors, wide[back].t()
+
+    return quantize
+
+
+def awq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    rows, columns = weight.shape
+    q, zero, scale, wide = _integers(weight, 4, 64, symmetric=False)
+    tensors = {
+        "qweight": awq_pack(q, 4, columns, rows),
+        "qzeros": awq_pack(zero, 4, len(zero), rows),
+        "scales": scale,
+    }
+    return tensors, wide.t()
+
+
+def compressed(bits: int, group: int, symmetric: bool) -> Quantize:
+    def quantize(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        q, zero, scale, wide = _integers(weight, bits, group, symmetric)
+        half = 1 << (bits - 1)
+        tensors = {
+            "weight_packed": pack_to_int32((q - half).to(torch.int8).t(), bits),
+            "weight_scale": scale.t(),
+            "weight_shape": torch.tensor(weight.shape),
+        }
+        if not symmetric:
+            signed = (zero - half).to(torch.int8).t()
+            tensors["weight_zero_point"] = pack_to_int32(signed, bits, packed_dim=0)
+        return tensors, wide.t()
+
+    return quantize
+
+
+def compressed_config(**weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {"type": "int"} | weights}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+
+
+def gptq_config(bits: int, group: int, symmetric: bool, act_order: bool) -> dict[str, Any]:
+    settings = {"bits": bits, "group_size": group, "sym": symmetric, "desc_act": act_order}
+    return {"quant_method": "gptq"} | settings
+
+
+FORMATS: dict[str, tuple[Quantize, dict[str, Any]]] = {
+    # q, k and v, and gate and up, each with an order of its own.
+    "gptq 4 bits": (gptq(4, 32, False, True), gptq_config(4, 32, False, True)),
+    "gptq 8 bits": (gptq(8, -1, True, False), gptq_config(8, -1, True, False)),
+    "gptq 8 bits, zero points": (gptq(8, 64, False, False), gptq_config(8, 64, False, False)),
+    "awq": (
+        awq,
+        {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"},
+    ),
+    "w4a16": (
+        compressed(4, 128, False),
+        compressed_config(num_bits=4, strategy="group", group_size=128, symmetric=False),
+    ),
+    "w8a16": (
+        compressed(8, -1, True),
+        compressed_config(num_bits=8, strategy="channel", symmetric=True),
+    ),
+}
+ON_THE_FLY = ("k80-w4", "k80-w8", "k80-f16")
+
+RUN = """
+import json, os, sys
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+from vllm import LLM, SamplingParams
+from vllm_k80 import ops
+jobs, prompt, tokens = json.loads(sys.argv[1])
+sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+results = {}
+for name, options in jobs.items():
+    engine = LLM(max_model_len=64, max_num_seqs=2, skip_tokenizer_init=True, **options)
+    ops.CALLS.clear()
+    [output] = engine.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+    model = engine.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    parts = {n: (str(b.dtype), b.data_ptr()) for n, b in model.named_buffers(remove_duplicate=False)
+             if "weight_" in n}
+    results[name] = [list(output.outputs[0].token_ids), dict(ops.CALLS), parts]
+print("RESULT " + json.dumps(results))
+"""
+
+
+def _expected(config: dict[str, Any], state: dict[str, Tensor]) -> list[int] | None:
+    """Greedy tokens of Hugging Face's model with these weights; None where two were near a tie."""
+    model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="eager")).float().eval()
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert set(missing) <= {"lm_head.weight"}
+    assert not unexpected
+    ids = list(PROMPT)
+    for _ in range(TOKENS):
+        with torch.no_grad():
+            best = model(torch.tensor([ids])).logits[0, -1].topk(2)
+        if best.values[0] - best.values[1] < 1e-2:
+            return None
+        ids.append(int(best.indices[0]))
+    return ids[len(PROMPT) :]
+
+
+def _weights() -> dict[str, Tensor]:
+    state = LlamaForCausalLM(LlamaConfig(**CONFIG, attn_implementation="eager")).state_dict()
+    # Off centre, so that zero points differ from the middle.
+    return {
+        name: part + 0.1 * torch.randn(len(part), 1) if "proj" in name else part
+        for name, part in state.items()
+    }
+
+
+Checkpoint = tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]
+
+
+def _quantized(name: str) -> Checkpoint:
+    """Configuration, tensors of the checkpoint, and what these stand for."""
+    quantize, settings = FORMATS[name]
+    tensors, twin = {}, {}
+    for key, weight in _weights().items():
+        if "proj" in key:
+            parts, twin[key] = quantize(weight)
+            prefix = key.removesuffix("weight")
+            tensors |= {prefix + part: tensor for part, tensor in parts.items()}
+        else:
+            tensors[key] = twin[key] = weight
+    return CONFIG | {"quantization_config": settings}, tensors, twin
+
+
+def _unquantized(name: str) -> Checkpoint:
+    """The same of a BF16 checkpoint that is narrowed as it is loaded; k80-w4 has a tied head."""
+    config = CONFIG | {"tie_word_embeddings": name == "k80-w4", "torch_dtype": "bfloat16"}
+    tensors = {key: weight.bfloat16() for key, weight in _weights().items()}
+    if config["tie_word_embeddings"]:
+        del tensors["lm_head.weight"]
+
+    def narrowed(key: str, weight: Tensor) -> Tensor:
+        if weight.dim() == 1:
+            return weight
+        if name == "k80-f16":
+            return weight.half().float()
+        four = name == "k80-w4" and "proj" in key
+        packed = (k80.quantize_w4 if four else k80.quantize_w8)(weight, 128)
+        return packed.linear(torch.eye(weight.shape[1])).t()
+
+    return config, tensors, {key: narrowed(key, part.float()) for key, part in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """For each format: tokens expected, tokens, calls of operators, tensors of the model."""
+    root = tmp_path_factory.mktemp("formats")
+    torch.manual_seed(37)
+    jobs, expected = {}, {}
+    for name in [*FORMATS, *ON_THE_FLY]:
+        tokens = None
+        while tokens is None:
+            config, tensors, twin = (_quantized if name in FORMATS else _unquantized)(name)
+            tokens = _expected(config, twin)
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(json.dumps(config))
+        whole = {key: part.contiguous() for key, part in tensors.items()}
+        save_file(whole, root / name / "model.safetensors")
+        jobs[name] = {"model": str(root / name)}
+        if name in ON_THE_FLY:
+            jobs[name]["quantization"] = name
+        expected[name] = tokens
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps([jobs, PROMPT, TOKENS])],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "0.1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+    return {name: [expected[name], *found[name]] for name in jobs}
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *ON_THE_FLY])
+def test_tokens_are_those_of_the_dequantized_checkpoint(name: str, results: dict[str, Any]) -> None:
+    expected, tokens, calls, _ = results[name]
+    assert tokens == expected
+    assert len(set(tokens)) > 1
+    bits = 8 if "8" in name.removeprefix("k80") else 4
+    if name == "k80-f16":
+        assert calls["linear"] == (4 * LAYERS + 1) * TOKENS
+    elif name == "gptq 4 bits":  # q, k and v apart, gate and up apart
+        assert calls["linear_w4"] == (3 + 1 + 2 + 1) * LAYERS * TOKENS
+    else:
+        head = TOKENS if name == "k80-w8" else 0
+        assert calls[f"linear_w{bits}"] == 4 * LAYERS * TOKENS + head
+
+
+def test_a_tied_head_shares_the_narrowed_embeddings(results: dict[str, Any]) -> None:
+    _, _, calls, parts = results["k80-w4"]
+    assert calls["linear_w8"] == calls["embedding_w8"] == TOKENS
+    head, embeddings = parts["lm_head.qweight_0"], parts["model.embed_tokens.qweight_0"]
+    assert head == embeddings
+    assert head[0] == "torch.int8"
+
+
+def test_f16_is_stored_as_fp16(results: dict[str, Any]) -> None:
+    dtypes = {dtype for dtype, _ in results["k80-f16"][3].values()}
+    assert dtypes == {"torch.float16"}
