@@ -35,7 +35,11 @@ demo-clean: venv ## Remove the demo's server, its built image and its keys
 ## ---- test it
 
 .PHONY: test
-test: checks test-molecule ## Every check, test and scenario (needs Docker; about an hour)
+test: checks test-molecule ## Checks, tests and the main scenarios (needs Docker; about an hour)
+
+.PHONY: test-all
+test-all: checks ## The same, and the scenario of a server without a way out
+	@pytest tests -m molecule --capture=no
 
 # Each shows its output when it has ended: none of them alone keeps two cores busy.
 .PHONY: checks
@@ -67,7 +71,7 @@ test-package-fast: venv ## Those of them that start no engine
 
 .PHONY: test-molecule
 test-molecule: venv ## The molecule scenarios, on an emulated server
-	@pytest tests -m molecule --capture=no
+	@pytest tests -m 'molecule and not more' --capture=no
 
 ## ---- look at the kernels
 
