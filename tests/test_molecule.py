@@ -50,7 +50,8 @@ def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[int]]]:
 
 
 def test_every_scenario_is_known() -> None:
-    assert sorted(SCENARIOS + MORE) == sorted(p.parent.name for p in ROOT.glob("molecule/*/molecule.yml"))
+    there = ROOT.glob("molecule/*/molecule.yml")
+    assert sorted(SCENARIOS + MORE) == sorted(path.parent.name for path in there)
 
 
 @pytest.mark.molecule
