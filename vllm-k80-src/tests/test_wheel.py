@@ -15,6 +15,8 @@ sys.path.insert(0, str(SOURCE / "tools"))
 
 import kernels_report  # noqa: E402
 
+pytestmark = pytest.mark.wheel
+
 KERNELS = "vllm_k80/kernels/vllm_k80.fatbin"
 
 
