@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.layers.fused_moe.layer import FusedMoE
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import awq as upstream
 
-from vllm_k80.quantization import methods
-from vllm_k80.quantization.linear import PackedLinearMethod, register_config
+from vllm_k80.quantization.linear import (
+    CheckpointConfig,
+    PackedLinearMethod,
+    does_not_divide,
+    register_config,
+)
 from vllm_k80.quantization.packed import PackedWeight, pack_integers, pair
 
 # Where in a word the nibble of each of its eight rows is: the inverse of 0, 2, 4, 6, 1, 3, 5, 7.
@@ -73,12 +76,8 @@ class K80AWQLinearMethod(upstream.AWQLinearMethod, PackedLinearMethod):
                 **extra_weight_attrs,
             )
         except ValueError:
-            raise ValueError(
-                f"{self.prefix}: {sum(output_partition_sizes)} x {input_size_per_partition} on "
-                f"each die does not divide into groups of {self.quant_config.group_size} columns "
-                f"and words of 8 weights. Use fewer dies, or a checkpoint with a smaller group "
-                f"size."
-            ) from None
+            rows, group = sum(output_partition_sizes), self.quant_config.group_size
+            raise does_not_divide(self.prefix, rows, input_size_per_partition, group, 8) from None
 
     def pack(self, layer: torch.nn.Module) -> list[PackedWeight]:
         """The layer's weight."""
@@ -86,26 +85,13 @@ class K80AWQLinearMethod(upstream.AWQLinearMethod, PackedLinearMethod):
         return [pack(self.prefix, *parts)]
 
 
-class K80AWQConfig(upstream.AWQConfig):
+class K80AWQConfig(CheckpointConfig, upstream.AWQConfig):
     """Quantization ``awq``, served by our operators."""
 
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.float32, torch.float16]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 35
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "K80AWQConfig":
-        if refusal := methods.checkpoint_refusal({"quant_method": "awq"} | config):
-            raise ValueError(refusal)
-        made: K80AWQConfig = super().from_config(config)
-        return made
+    method = "awq"
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        if isinstance(layer, FusedMoE):
-            raise ValueError(f"{prefix}: {methods.refusal('moe_wna16')}")
+        self.refuse_experts(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
         if upstream.is_layer_skipped_awq(prefix, self.modules_to_not_convert):

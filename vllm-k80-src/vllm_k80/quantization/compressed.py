@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.layers.fused_moe.layer import FusedMoE
 from vllm.model_executor.layers.quantization.compressed_tensors import (
     compressed_tensors as upstream,
 )
@@ -28,12 +27,13 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
-from vllm_k80.quantization import methods
 from vllm_k80.quantization.linear import (
+    CheckpointConfig,
     apply,
     attach,
     check_parallel,
     column_order,
+    does_not_divide,
     group_index,
     parts_of,
     register_config,
@@ -98,11 +98,7 @@ class K80WNA16(CompressedTensorsScheme):
             or columns % factor
             or (self.group and columns % group)
         ):
-            raise ValueError(
-                f"{name}: {rows} x {columns} on each die does not divide into groups of {group} "
-                f"columns and words of {factor} weights. Use fewer dies, or a checkpoint with a "
-                f"smaller group size."
-            )
+            raise does_not_divide(name, rows, columns, group, factor)
         loader, groups = {"weight_loader": weight_loader}, columns // group or 1
         packed = {"packed_factor": factor, **loader}
         layer.weight_packed = PackedvLLMParameter(
@@ -162,26 +158,13 @@ class K80WNA16(CompressedTensorsScheme):
         return apply(layer, x, bias)
 
 
-class K80CompressedTensorsConfig(upstream.CompressedTensorsConfig):
+class K80CompressedTensorsConfig(CheckpointConfig, upstream.CompressedTensorsConfig):
     """Quantization ``compressed-tensors``, served by our operators."""
 
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.float32, torch.float16]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 35
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "K80CompressedTensorsConfig":
-        if refusal := methods.checkpoint_refusal({"quant_method": "compressed-tensors"} | config):
-            raise ValueError(refusal)
-        made: K80CompressedTensorsConfig = super().from_config(config)
-        return made
+    method = "compressed-tensors"
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        if isinstance(layer, FusedMoE):
-            raise ValueError(f"{prefix}: {methods.refusal('moe_wna16')}")
+        self.refuse_experts(layer, prefix)
         return super().get_quant_method(layer, prefix)
 
     def _get_scheme_from_parts(

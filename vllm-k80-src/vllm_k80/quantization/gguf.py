@@ -18,7 +18,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.gguf_loader import GGUFModelLoader
 
 from vllm_k80.quantization.gguf_file import SUPPORTED_TYPES, shared_reader
-from vllm_k80.quantization.linear import apply, attach, register_config
+from vllm_k80.quantization.linear import CardConfig, apply, attach, register_config
 from vllm_k80.quantization.packed import PackedWeight, concatenate
 
 _HALF = 2  # bytes of an FP16 scale at the head of a block
@@ -128,15 +128,8 @@ class K80GGUFEmbeddingMethod(K80GGUFLinearMethod):
         return layer.packed_weights[0].embedding(x, self.params_dtype)
 
 
-class K80GGUFConfig(upstream.GGUFConfig):
+class K80GGUFConfig(CardConfig, upstream.GGUFConfig):
     """Quantization ``gguf``, served by our operators."""
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.float32, torch.float16]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 35
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         if isinstance(layer, LinearBase):

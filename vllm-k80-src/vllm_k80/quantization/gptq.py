@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.layers.fused_moe.layer import FusedMoE
 from vllm.model_executor.layers.quantization import gptq as upstream
 from vllm.model_executor.layers.quantization.utils.gptq_utils import get_linear_quant_method
 from vllm.model_executor.parameter import (
@@ -23,11 +22,12 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
-from vllm_k80.quantization import methods
 from vllm_k80.quantization.linear import (
+    CheckpointConfig,
     PackedLinearMethod,
     check_parallel,
     column_order,
+    does_not_divide,
     group_index,
     parts_of,
     register_config,
@@ -89,11 +89,7 @@ class K80GPTQLinearMethod(PackedLinearMethod):
         if any(size % factor for size in output_partition_sizes) or (
             divided and (columns % group or columns % factor)
         ):
-            raise ValueError(
-                f"{self.prefix}: {rows} x {columns} on each die does not divide into groups of "
-                f"{group} columns and words of {factor} weights. Use fewer dies, or a checkpoint "
-                f"with a smaller group size."
-            )
+            raise does_not_divide(self.prefix, rows, columns, group, factor)
         loader = {"weight_loader": extra_weight_attrs.get("weight_loader")}
         packed = {"packed_factor": factor, **loader}
         qweight = torch.empty(columns // factor, rows, dtype=torch.int32)
@@ -135,30 +131,20 @@ class K80GPTQLinearMethod(PackedLinearMethod):
         )
 
 
-class K80GPTQConfig(upstream.GPTQConfig):
+class K80GPTQConfig(CheckpointConfig, upstream.GPTQConfig):
     """Quantization ``gptq``, served by our operators."""
 
+    method = "gptq"
     stored_less = 1
 
     @classmethod
-    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        return [torch.float32, torch.float16]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 35
-
-    @classmethod
     def from_config(cls, config: dict[str, Any]) -> "K80GPTQConfig":
-        if refusal := methods.checkpoint_refusal({"quant_method": "gptq"} | config):
-            raise ValueError(refusal)
         made: K80GPTQConfig = super().from_config(config)
         made.stored_less = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
         return made
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        if isinstance(layer, FusedMoE):
-            raise ValueError(f"{prefix}: {methods.refusal('moe_wna16')}")
+        self.refuse_experts(layer, prefix)
         return get_linear_quant_method(
             self, layer, prefix, lambda config: K80GPTQLinearMethod(config, prefix)
         )

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from vllm_k80.ops.reference import GROUPS
-from vllm_k80.quantization.linear import PackedLinearMethod, register_config
+from vllm_k80.quantization.linear import CardConfig, PackedLinearMethod, register_config
 from vllm_k80.quantization.packed import PackedWeight, group_of_kernels, pair
 
 # Elements that are narrowed at a time, as FP32: 16 MB and a few times that of work.
@@ -187,7 +187,7 @@ class K80EmbeddingMethod(K80LinearMethod):
         return layer.packed_weights[0].embedding(x, self.params_dtype)
 
 
-class K80Config(QuantizationConfig):
+class K80Config(CardConfig, QuantizationConfig):
     """Base of the three."""
 
     name: ClassVar[str]
@@ -196,13 +196,6 @@ class K80Config(QuantizationConfig):
 
     def get_name(self) -> str:
         return self.name
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.float32, torch.float16]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 35
 
     @staticmethod
     def get_config_filenames() -> list[str]:

@@ -1,10 +1,14 @@
 """What the linear layers of all quantized checkpoints share: packed once, then our operators."""
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers import linear, quantization
+from vllm.model_executor.layers.fused_moe.layer import FusedMoE
 
+from vllm_k80.quantization import methods as served
 from vllm_k80.quantization.packed import PackedWeight
 
 
@@ -110,6 +114,45 @@ def check_parallel(layer: str, reordered: bool, columns: int, per_rank: int) -> 
             f"over several dies by tensor parallelism: each would get parts of groups. Use one "
             f"die, or a checkpoint quantized with desc_act false."
         )
+
+
+def does_not_divide(layer: str, rows: int, columns: int, group: int, factor: int) -> ValueError:
+    """The error for a part of a weight that cuts a group or a word of ``factor`` weights."""
+    return ValueError(
+        f"{layer}: {rows} x {columns} on each die does not divide into groups of {group} columns "
+        f"and words of {factor} weights. Use fewer dies, or a checkpoint with a smaller group size."
+    )
+
+
+class CardConfig:
+    """What every quantization's configuration says of the card. Before upstream's class."""
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.float32, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 35
+
+
+class CheckpointConfig(CardConfig):
+    """The same of a quantized checkpoint's, and what is refused of it."""
+
+    method: ClassVar[str]
+    """vLLM's name of the quantization."""
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        if refusal := served.checkpoint_refusal({"quant_method": cls.method} | config):
+            raise ValueError(refusal)
+        return super().from_config(config)  # type: ignore[misc]  # upstream's, mixed in
+
+    @staticmethod
+    def refuse_experts(layer: torch.nn.Module, prefix: str) -> None:
+        """Raise a ValueError for a mixture of experts."""
+        if isinstance(layer, FusedMoE):
+            raise ValueError(f"{prefix}: {served.refusal('moe_wna16')}")
 
 
 def register_config(name: str, config: type, methods: tuple[type, ...] = ()) -> None:
