@@ -349,6 +349,22 @@ def test_other_clocks_are_refused(server: Path, judge: Judge, clocks: str) -> No
     assert warnings == []
 
 
+@pytest.mark.parametrize("address", ["", "http://mirror.example.org:8080/debian", "https://[::1]"])
+def test_mirrors_with_an_address(server: Path, judge: Judge, address: str) -> None:
+    assert judge(server, vllm_image_debian_mirror=address) == ([], [])
+
+
+@pytest.mark.parametrize("address", ["mirror.example.org", "http://", "http://a b", "http://a#b"])
+@pytest.mark.parametrize(
+    "name",
+    ["vllm_image_debian_mirror", "vllm_image_python_index_url", "vllm_model_python_index_url"],
+)
+def test_mirrors_without_one(server: Path, judge: Judge, name: str, address: str) -> None:
+    findings, warnings = judge(server, **{name: address})
+    assert f"{name} is '{address}', which is no address; write it like http" in findings[0]
+    assert warnings == []
+
+
 def test_secure_boot(server: Path, judge: Judge) -> None:
     variable = server / "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
     write(variable, "\x06\0\0\0\0")

@@ -573,6 +573,19 @@ def repositories_answer(host: Host) -> Iterator[str]:
             yield Warn(sentence) if host.serves else sentence
 
 
+@check("k80_servers")
+def mirrors_have_addresses(host: Host) -> Iterator[str]:
+    examples = {
+        "vllm_image_debian_mirror": "http://mirror.example.org",
+        "vllm_image_python_index_url": "http://mirror.example.org/simple",
+        "vllm_model_python_index_url": "http://mirror.example.org/simple",
+    }
+    for name, example in examples.items():
+        address = host.get(name, str)
+        if address and not re.fullmatch(r"https?://[^\s/#]+[^\s#]*", address):
+            yield f"{name} is {address!r}, which is no address; write it like {example}."
+
+
 # --- The inventory ----------------------------------------------------------
 
 
