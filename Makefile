@@ -38,7 +38,7 @@ demo-clean: venv ## Remove the demo's server, its built image and its keys
 test: checks test-molecule ## Checks, tests and the main scenarios (needs Docker; about an hour)
 
 .PHONY: test-all
-test-all: checks ## The same, other distributions, and a server without a way out
+test-all: checks ## The same, and a server without a way out
 	@pytest tests -m molecule --capture=no
 
 # Each shows its output when it has ended: none of them alone keeps two cores busy.

@@ -154,7 +154,12 @@ def refusal(directory: Path, distribution: str, version: str, **variables: Any) 
         "ansible_pkg_mgr": "apt",
     }
     set_facts = {"name": "Set the facts", "ansible.builtin.set_fact": facts | {"cacheable": True}}
-    play = {"hosts": "server", "gather_facts": False, "pre_tasks": [set_facts]}
+    play = {
+        "hosts": "server",
+        "gather_facts": False,
+        "vars_files": [str(ROOT / "group_vars/all/versions.yml")],
+        "pre_tasks": [set_facts],
+    }
     playbook = directory / "play.yml"
     playbook.write_text(json.dumps([play | {"roles": ["cuda_toolkit"]}]))
     variables |= {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
