@@ -34,17 +34,25 @@ demo-clean: venv ## Remove the demo's server, its built image and its keys
 
 ## ---- test it
 
+# The package's tests keep one core busy for ten minutes: what comes after the quick checks need not wait for them.
 .PHONY: test
-test: checks test-molecule ## Checks, tests and the main scenarios (needs Docker; about an hour)
+test: venv ## Checks, tests and the main scenarios (needs Docker; about an hour)
+	@$(MAKE) --jobs=2 test-package-apart test-servers
+
+# What it says is shown when it has ended, not between the lines of the others.
+.PHONY: test-package-apart
+test-package-apart: venv
+	@mkdir -p build; $(MAKE) test-package > build/test-package.log 2>&1; status=$$?; cat build/test-package.log; exit $$status
+
+.PHONY: test-servers
+test-servers: venv
+	@$(MAKE) lint
+	@$(MAKE) test-unit
+	@$(MAKE) test-molecule
 
 .PHONY: test-all
-test-all: checks ## The same, and a server without a way out
-	@pytest tests -m molecule --capture=no
-
-# Each shows its output when it has ended: none of them alone keeps two cores busy.
-.PHONY: checks
-checks: venv
-	@$(MAKE) --jobs=2 --output-sync=target test-package lint test-unit
+test-all: test ## The same, and a server without a way out
+	@pytest tests -m more --capture=no
 
 .PHONY: test-fast
 test-fast: venv ## All that needs no Docker and no engine (under 3 minutes)

@@ -13,6 +13,7 @@ import transformers
 
 from vllm_k80 import selftest
 from vllm_k80.quantization.gguf_file import extract_metadata
+from vllm_k80.serve import metadata_cache
 
 pytestmark = pytest.mark.engine
 
@@ -70,8 +71,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_every_layer_of_smollm2_goes_through_our_operators(smollm2: Path, tmp_path: Path) -> None:
-    metadata = str(extract_metadata(smollm2, tmp_path))
+def test_every_layer_of_smollm2_goes_through_our_operators(smollm2: Path) -> None:
+    metadata = str(extract_metadata(smollm2, metadata_cache()))
     engine = {"model": str(smollm2), "tokenizer": metadata, "hf_config_path": metadata}
     steps = 3
     result = run(engine, [[1, 2, 3]], steps)
