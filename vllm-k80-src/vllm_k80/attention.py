@@ -100,6 +100,8 @@ class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
                 f"--kv-cache-dtype {kv_cache_dtype}: on a K80 the KV cache has the dtype of the "
                 f"activations. Remove the flag."
             )
+        self.query_shape = (-1, num_heads, head_size)
+        self.key_shape = (-1, num_kv_heads or num_heads, head_size)
         self.scale = float(scale)
         self.window = sliding_window or 0
         self.soft_cap = logits_soft_cap or 0.0
@@ -120,14 +122,20 @@ class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
         """Write the new keys and values, then attend.
 
         Args:
-            query: [tokens, heads, head_size]; key, value: [tokens, kv_heads, head_size].
+            query: [tokens, heads * head_size]; key, value: [tokens, kv_heads * head_size].
             kv_cache: [2, blocks, block_size, kv_heads, head_size].
             attn_metadata: None in vLLM's memory profiling run.
-            output: like query, written in place.
+            output: None, as the backend asks.
+
+        Returns:
+            [tokens, heads * head_size]. Rows that pad the batch hold anything: no row's result
+            depends on another's.
         """
-        assert output is not None
         if attn_metadata is None:
-            return output
+            return torch.zeros_like(query)
+        context = query.new_empty(query.shape)
+        output, query = context.view(self.query_shape), query.view(self.query_shape)
+        key, value = key.view(self.key_shape), value.view(self.key_shape)
         if not self.shares_cache:
             torch.ops.vllm_k80.reshape_and_cache(key, value, kv_cache, attn_metadata.slot_mapping)
         if self.alibi_slopes is not None and self.alibi_slopes.device != query.device:
@@ -156,13 +164,14 @@ class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
                 attn_metadata.max_query_len,
                 *options,
             )
-        return output
+        return context
 
 
 class K80AttentionBackend(AttentionBackend):
     """What vLLM's model runner asks of an attention backend."""
 
-    accept_output_buffer = True
+    # vLLM would fill the buffer with zeros: a launch a layer, of what is overwritten.
+    accept_output_buffer = False
 
     @staticmethod
     def get_name() -> str:
