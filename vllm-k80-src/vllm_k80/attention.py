@@ -74,6 +74,22 @@ class K80MetadataBuilder(AttentionMetadataBuilder[K80AttentionMetadata]):
         )
 
 
+class Rotation:
+    """A layer's rotary embedding, put off until the keys are written to the cache.
+
+    `fusion.fuse` lets the layer call `remember` in its place; its attention comes right after.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.positions: Tensor | None = None
+
+    def remember(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Query and key as they are."""
+        self.positions = positions
+        return query, key
+
+
 class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
     """Attention of one layer."""
 
@@ -107,6 +123,7 @@ class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
         self.soft_cap = logits_soft_cap or 0.0
         self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes)
         self.shares_cache = kv_sharing_target_layer_name is not None
+        self.rotation: Rotation | None = None
 
     def forward(
         self,
@@ -136,7 +153,18 @@ class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
         context = query.new_empty(query.shape)
         output, query = context.view(self.query_shape), query.view(self.query_shape)
         key, value = key.view(self.key_shape), value.view(self.key_shape)
-        if not self.shares_cache:
+        if self.rotation is not None:
+            torch.ops.vllm_k80.rotary_and_cache(
+                self.rotation.positions,
+                query,
+                key,
+                value,
+                self.rotation.layer.cos_sin_cache,
+                self.rotation.layer.is_neox_style,
+                kv_cache,
+                attn_metadata.slot_mapping,
+            )
+        elif not self.shares_cache:
             torch.ops.vllm_k80.reshape_and_cache(key, value, kv_cache, attn_metadata.slot_mapping)
         if self.alibi_slopes is not None and self.alibi_slopes.device != query.device:
             self.alibi_slopes = self.alibi_slopes.to(query.device)

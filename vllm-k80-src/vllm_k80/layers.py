@@ -80,7 +80,7 @@ class K80QuickGELU(QuickGELU):
         return torch.ops.vllm_k80.gelu_quick(x)
 
 
-class _Rotary:
+class Rotary:
     """Rotary embedding in place, as upstream's own kernel does it."""
 
     head_size: int
@@ -121,12 +121,12 @@ for _layer in (
     YaRNScalingRotaryEmbedding,
 ):
     CustomOp.register_oot(name=_layer.__name__)(
-        type(f"K80{_layer.__name__}", (_Rotary, _layer), {"__doc__": _Rotary.__doc__})
+        type(f"K80{_layer.__name__}", (Rotary, _layer), {"__doc__": Rotary.__doc__})
     )
 
 
 def unquantized_gemm(
     layer: torch.nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """What vLLM's unquantized linear layers call; see the operator `linear`."""
-    return torch.ops.vllm_k80.linear(x, weight, bias)
+    """What vLLM's unquantized linear layers call; see the operator `linear`, and `fusion.fuse`."""
+    return torch.ops.vllm_k80.linear(x, weight, bias, getattr(layer, "gated", False))

@@ -33,18 +33,22 @@ _SCHEMAS: dict[str, str] = {
         "(Tensor positions, Tensor(a!) query, Tensor(b!)? key, int head_size,"
         " Tensor cos_sin_cache, bool is_neox) -> ()"
     ),
-    "linear": "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+    "linear": "(Tensor x, Tensor weight, Tensor? bias=None, bool gated=False) -> Tensor",
     "linear_w4": (
         "(Tensor x, Tensor qweight, Tensor scale, Tensor? minimum, Tensor? bias=None,"
-        " Tensor? zero=None) -> Tensor"
+        " Tensor? zero=None, bool gated=False) -> Tensor"
     ),
-    "linear_w8": "(Tensor x, Tensor qweight, Tensor scale, Tensor? bias=None) -> Tensor",
+    "linear_w8": (
+        "(Tensor x, Tensor qweight, Tensor scale, Tensor? bias=None, bool gated=False) -> Tensor"
+    ),
     "gemv_w4": (
         "(Tensor x, Tensor qweight, Tensor scale, Tensor? minimum, Tensor? bias=None,"
-        " Tensor? zero=None) -> Tensor"
+        " Tensor? zero=None, bool gated=False) -> Tensor"
     ),
-    "gemv_w8": "(Tensor x, Tensor qweight, Tensor scale, Tensor? bias=None) -> Tensor",
-    "gemv_f16": "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+    "gemv_w8": (
+        "(Tensor x, Tensor qweight, Tensor scale, Tensor? bias=None, bool gated=False) -> Tensor"
+    ),
+    "gemv_f16": "(Tensor x, Tensor weight, Tensor? bias=None, bool gated=False) -> Tensor",
     "dequant_w4": ("(Tensor qweight, Tensor scale, Tensor? minimum, Tensor? zero=None) -> Tensor"),
     "dequant_w8": "(Tensor qweight, Tensor scale) -> Tensor",
     "embedding_w4": (
@@ -54,6 +58,10 @@ _SCHEMAS: dict[str, str] = {
     "embedding_w8": "(Tensor ids, Tensor qweight, Tensor scale, ScalarType dtype) -> Tensor",
     "reshape_and_cache": (
         "(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()"
+    ),
+    "rotary_and_cache": (
+        "(Tensor positions, Tensor(a!) query, Tensor(b!) key, Tensor value, Tensor cos_sin_cache,"
+        " bool is_neox, Tensor(c!) kv_cache, Tensor slot_mapping) -> ()"
     ),
     "paged_attention": (
         "(Tensor query, Tensor kv_cache, Tensor(a!) out, Tensor seq_lens, Tensor block_table,"

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from vllm_k80.ops import attention_reference as reference
-from vllm_k80.ops import driver
+from vllm_k80.ops import driver, kernels
 
 _SUFFIX = {torch.float32: "f32", torch.float16: "f16"}
 _HALF_QUERY, _HALF_OUT = 1, 2
 
 # csrc/attention.cu.
 _CACHE_THREADS, _DECODE_THREADS, _PREFILL_THREADS = 256, 128, 64
+_CACHE_WARPS = _CACHE_THREADS // 32
 _SPLIT_KEYS = 32
 # Blocks of decode that fill a die: five for each of its 13 multiprocessors. More splits than that
 # cost more in beginnings and ends than they gain, fewer do not keep the memory busy.
@@ -57,7 +58,9 @@ def reshape_and_cache(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping
     if not driver.available():
         reference.reshape_and_cache(key, value, kv_cache, slot_mapping)
         return
-    key_stride, value_stride = reference.check_reshape(key, value, kv_cache, slot_mapping)
+    key_stride, value_stride = reference.check_reshape(
+        "reshape_and_cache", key, value, kv_cache, slot_mapping
+    )
     _, blocks, block_size, kv_heads, head_size = kv_cache.shape
     if tokens := slot_mapping.shape[0]:
         name = f"reshape_and_cache_{_SUFFIX[kv_cache.dtype]}"
@@ -73,6 +76,62 @@ def reshape_and_cache(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping
             kv_heads * head_size,
             blocks * block_size,
             key.dtype == torch.float16,
+        )
+
+
+def rotary_and_cache(
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos_sin_cache: Tensor,
+    is_neox: bool,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+) -> None:
+    """See `attention_reference.rotary_and_cache`; kernels ``rotary_and_cache_f32``, ``_f16``.
+
+    Where not all tensors have the dtype of one, two launches.
+    """
+    tensors = positions, query, key, value, cos_sin_cache
+    if not driver.available():
+        reference.rotary_and_cache(*tensors, is_neox, kv_cache, slot_mapping)
+        return
+    strides = reference.check_rotary_and_cache(*tensors, kv_cache, slot_mapping)
+    _, blocks, block_size, kv_heads, head_size = kv_cache.shape
+    tokens, heads, dtype = slot_mapping.shape[0], query.shape[1], query.dtype
+    if cos_sin_cache.dtype != dtype or kv_cache.dtype != dtype:
+        kernels.rotary_embedding(
+            positions[:tokens],
+            query[:tokens].flatten(1),
+            key[:tokens].flatten(1),
+            head_size,
+            cos_sin_cache,
+            is_neox,
+        )
+        reshape_and_cache(key, value, kv_cache, slot_mapping)
+        return
+    cached, rotary = cos_sin_cache.shape
+    if tokens:
+        name = f"rotary_and_cache_{_SUFFIX[dtype]}"
+        driver.kernel(name, "pppppppiiiiiiiiii", kv_cache.device.index).launch(
+            (tokens, -(-(heads + 2 * kv_heads) // _CACHE_WARPS)),
+            _CACHE_THREADS,
+            positions.data_ptr(),
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            cos_sin_cache.data_ptr(),
+            kv_cache.data_ptr(),
+            slot_mapping.data_ptr(),
+            heads,
+            kv_heads,
+            head_size,
+            rotary,
+            *strides,
+            cached,
+            blocks * block_size,
+            is_neox,
         )
 
 

@@ -189,7 +189,7 @@ class _Product:
 
     Args:
         kernel: its name without the rows of x.
-        parts: of the weight and its bias, as the operator got them.
+        parts: of the weight and its bias, as the operator got them, and whether it is gated.
         arguments: the kernel's, up to x. rows, columns: of the weight.
         group_shift: log2 of the 128-bit units in a group; None if the kernel has no such argument.
     """
@@ -199,17 +199,19 @@ class _Product:
     def __init__(
         self,
         kernel: str,
-        parts: tuple[Tensor | None, ...],
+        parts: tuple[Tensor | bool | None, ...],
         arguments: tuple[Tensor, ...],
         bias: Tensor | None,
         rows: int,
         columns: int,
         group_shift: int | None,
     ) -> None:
-        self._kernel = kernel
+        gated = parts[-1] is True
+        self._kernel = f"gated_{kernel}" if gated else kernel
         self._pointers = tuple(part.data_ptr() for part in arguments)
         self._bias = 0 if bias is None else bias.data_ptr()
         self._rows, self._columns = rows, columns
+        self._outputs = rows // 2 if gated else rows
         self._group_shift = () if group_shift is None else (group_shift,)
         self._device = arguments[0].device
         self._flags = {
@@ -221,16 +223,18 @@ class _Product:
         self._KNOWN[self._identify(parts)] = self
 
     @staticmethod
-    def _identify(parts: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    def _identify(parts: tuple[Tensor | bool | None, ...]) -> tuple[Any, ...]:
         return tuple(
             [
-                None if part is None else (part.data_ptr(), part.shape, part.stride(), part.dtype)
+                (part.data_ptr(), part.shape, part.stride(), part.dtype)
+                if isinstance(part, Tensor)
+                else part
                 for part in parts
             ]
         )
 
     @classmethod
-    def known(cls, x: Tensor, parts: tuple[Tensor | None, ...]) -> "_Product | None":
+    def known(cls, x: Tensor, parts: tuple[Tensor | bool | None, ...]) -> "_Product | None":
         """What was made of these parts, if it is known and takes ``x``."""
         product = cls._KNOWN.get(cls._identify(parts))
         if (
@@ -246,18 +250,18 @@ class _Product:
     def _launch(self, tokens: int) -> tuple[driver.Kernel, int | tuple[int, int]]:
         """The kernel for so many rows of x, and its grid."""
         at_once = next((m for m in _GEMV_TOKENS if m >= tokens), 8)
-        wide = at_once == 8 and self._kernel != "gemv_f16"
+        wide = at_once == 8 and not self._kernel.endswith("gemv_f16")
         blocks = -(-self._rows // (_BLOCK_ROWS_M8 if wide else _BLOCK_ROWS))
         signature = "p" * (len(self._pointers) + 3) + "i" * (4 + len(self._group_shift))
         kernel = driver.kernel(f"{self._kernel}_m{at_once}", signature, self._device.index)
         return kernel, (-(-tokens // 8), blocks) if at_once == 8 else blocks
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``x @ weight.T + bias``."""
+        """``x @ weight.T + bias``, or `silu_and_mul` of it."""
         x = x.contiguous()
         if x.data_ptr() % 16:  # a view into something else; the kernel loads 128 bits at a time
             x = x.clone()
-        y = x.new_empty((*x.shape[:-1], self._rows))
+        y = x.new_empty((*x.shape[:-1], self._outputs))
         tokens = x.numel() // self._columns
         if not tokens:
             return y
@@ -295,44 +299,49 @@ def gemv_w4(
     minimum: Tensor | None,
     bias: Tensor | None = None,
     zero: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:
-    """See `reference.gemv_w4`; kernels ``gemv_w4_...``."""
-    parts = qweight, scale, minimum, zero, bias
+    """See `reference.gemv_w4`; kernels ``gemv_w4_...``, ``gated_gemv_w4_...``."""
+    parts = qweight, scale, minimum, zero, bias, gated
     product = _Product.known(x, parts)
     if product is None:
-        _, group = reference.check_gemv_w4(x, qweight, scale, minimum, bias, zero)
+        _, group = reference.check_gemv_w4(x, qweight, scale, minimum, bias, zero, gated)
         offset = minimum if zero is None else zero
         if offset is None or not _has_product(qweight):
-            return reference.linear_w4(x, qweight, scale, minimum, bias, zero)
+            return reference.linear_w4(x, qweight, scale, minimum, bias, zero, gated)
         name, shift = f"gemv_w4_{_w4_name(scale, zero)}", (group // 32).bit_length() - 1
         weight, rows = (qweight, scale, offset), qweight.shape[0]
         product = _Product(name, parts, weight, bias, rows, x.shape[-1], shift)
     return product(x)
 
 
-def gemv_w8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `reference.gemv_w8`; kernels ``gemv_w8_...``."""
-    parts = qweight, scale, bias
+def gemv_w8(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None, gated: bool = False
+) -> Tensor:
+    """See `reference.gemv_w8`; kernels ``gemv_w8_...``, ``gated_gemv_w8_...``."""
+    parts = qweight, scale, bias, gated
     product = _Product.known(x, parts)
     if product is None:
-        _, group = reference.check_gemv_w8(x, qweight, scale, bias)
+        _, group = reference.check_gemv_w8(x, qweight, scale, bias, gated)
         if not _has_product(qweight):
-            return reference.linear_w8(x, qweight, scale, bias)
+            return reference.linear_w8(x, qweight, scale, bias, gated)
         shift = 30 if scale.shape[1] == 1 else (group // 16).bit_length() - 1
         name, rows = f"gemv_w8_f{8 * scale.element_size()}", qweight.shape[0]
         product = _Product(name, parts, (qweight, scale), bias, rows, x.shape[-1], shift)
     return product(x)
 
 
-def gemv_f16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `reference.gemv_f16`; kernels ``gemv_f16_...``."""
-    parts = weight, bias
+def gemv_f16(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False
+) -> Tensor:
+    """See `reference.gemv_f16`; kernels ``gemv_f16_...``, ``gated_gemv_f16_...``."""
+    parts = weight, bias, gated
     product = _Product.known(x, parts)
     if product is None:
-        reference.check_gemv_f16(x, weight, bias)
+        reference.check_gemv_f16(x, weight, bias, gated)
         rows, columns = weight.shape
         if not columns or not _has_product(weight):
-            return reference.linear(x, weight, bias)
+            return reference.linear(x, weight, bias, gated)
         product = _Product("gemv_f16", parts, (weight,), bias, rows, columns, None)
     return product(x)
 
@@ -395,7 +404,11 @@ def _rows(x: Tensor) -> int:
 
 
 def _in_tiles(
-    x: Tensor, rows: int, bias: Tensor | None, dequantized: Callable[[slice], Tensor]
+    x: Tensor,
+    rows: int,
+    bias: Tensor | None,
+    gated: bool,
+    dequantized: Callable[[slice], Tensor],
 ) -> Tensor:
     """``x @ weight.T + bias`` by cuBLAS, with ``dequantized(rows)`` of the weight at a time.
 
@@ -405,7 +418,10 @@ def _in_tiles(
     def multiply(wide: Tensor, part: slice, out: Tensor) -> None:
         torch.mm(wide, dequantized(part).t(), out=out)
 
-    return reference.linear_in_tiles(x.contiguous(), rows, bias, multiply, _TILE_ELEMENTS)
+    activation = silu_and_mul if gated else None
+    return reference.linear_in_tiles(
+        x.contiguous(), rows, bias, multiply, activation, _TILE_ELEMENTS
+    )
 
 
 def linear_w4(
@@ -415,16 +431,17 @@ def linear_w4(
     minimum: Tensor | None,
     bias: Tensor | None = None,
     zero: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:
     """See `reference.linear_w4`: `gemv_w4` in decode, `dequant_w4` and cuBLAS in prefill."""
-    if product := _Product.known(x, (qweight, scale, minimum, zero, bias)):
+    if product := _Product.known(x, (qweight, scale, minimum, zero, bias, gated)):
         return product(x)
     columns = 2 * qweight.shape[1]
     if x.shape[-1] != columns or scale.dim() != 2 or not driver.available():
-        return reference.linear_w4(x, qweight, scale, minimum, bias, zero)
+        return reference.linear_w4(x, qweight, scale, minimum, bias, zero, gated)
     supported = columns // max(1, scale.shape[1]) in reference.GROUPS and x.dtype in _SUFFIX
     if _rows(x) <= reference.GEMV_ROWS and supported:
-        return gemv_w4(x, qweight, scale, minimum, bias, zero)
+        return gemv_w4(x, qweight, scale, minimum, bias, zero, gated)
 
     def dequantized(part: slice) -> Tensor:
         return dequant_w4(
@@ -434,31 +451,35 @@ def linear_w4(
             None if zero is None else zero[part],
         )
 
-    return _in_tiles(x, qweight.shape[0], bias, dequantized)
+    return _in_tiles(x, qweight.shape[0], bias, gated, dequantized)
 
 
-def linear_w8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_w8(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None, gated: bool = False
+) -> Tensor:
     """See `reference.linear_w8`: `gemv_w8` in decode, `dequant_w8` and cuBLAS in prefill."""
-    if product := _Product.known(x, (qweight, scale, bias)):
+    if product := _Product.known(x, (qweight, scale, bias, gated)):
         return product(x)
     rows, columns = qweight.shape
     if x.shape[-1] != columns or scale.dim() != 2 or not driver.available():
-        return reference.linear_w8(x, qweight, scale, bias)
+        return reference.linear_w8(x, qweight, scale, bias, gated)
     groups = max(1, scale.shape[1])
     supported = columns % 16 == 0 and (groups == 1 or columns // groups in reference.GROUPS)
     if _rows(x) <= reference.GEMV_ROWS and supported and x.dtype in _SUFFIX:
-        return gemv_w8(x, qweight, scale, bias)
-    return _in_tiles(x, rows, bias, lambda part: dequant_w8(qweight[part], scale[part]))
+        return gemv_w8(x, qweight, scale, bias, gated)
+    return _in_tiles(x, rows, bias, gated, lambda part: dequant_w8(qweight[part], scale[part]))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False
+) -> Tensor:
     """See `reference.linear`: with an FP16 weight `gemv_f16` in decode, tiles in prefill."""
-    if product := _Product.known(x, (weight, bias)):
+    if product := _Product.known(x, (weight, bias, gated)):
         return product(x)
     halves = weight.dim() == 2 and weight.dtype == torch.float16 and x.dtype in _SUFFIX
     if not halves or x.shape[-1] != weight.shape[-1] or not driver.available():
-        return reference.linear(x, weight, bias)
+        return reference.linear(x, weight, bias, gated)
     decode = _rows(x) <= reference.GEMV_ROWS and weight.shape[1] % 8 == 0
     if decode and weight.is_contiguous():
-        return gemv_f16(x, weight, bias)
-    return _in_tiles(x, weight.shape[0], bias, lambda part: weight[part].float())
+        return gemv_f16(x, weight, bias, gated)
+    return _in_tiles(x, weight.shape[0], bias, gated, lambda part: weight[part].float())

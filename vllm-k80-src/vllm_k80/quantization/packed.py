@@ -44,22 +44,26 @@ class PackedWeight:
     zero: Tensor | None = None
     order: Tensor | None = None
 
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x @ weight.T + bias``: [..., K] to [..., N], in the dtype of ``x``."""
+    def linear(self, x: Tensor, bias: Tensor | None = None, gated: bool = False) -> Tensor:
+        """``x @ weight.T + bias``: [..., K] to [..., N], in the dtype of ``x``.
+
+        With ``gated`` `silu_and_mul` of that, [..., N / 2].
+        """
         if self.order is not None:
             x = x.index_select(-1, self.order)
         if self.scale is None:
-            return torch.ops.vllm_k80.linear(x, self.qweight, bias)
+            return torch.ops.vllm_k80.linear(x, self.qweight, bias, gated)
         if self.qweight.dtype == torch.int8:
             if self.minimum is None:
-                return torch.ops.vllm_k80.linear_w8(x, self.qweight, self.scale, bias)
+                return torch.ops.vllm_k80.linear_w8(x, self.qweight, self.scale, bias, gated)
             # The minimum meets each group's sum of x: a product that is a group size narrower.
             wide = x.float()
             sums = wide.unflatten(-1, (self.minimum.shape[1], -1)).sum(-1)
             y = torch.ops.vllm_k80.linear_w8(wide, self.qweight, self.scale, bias)
-            return (y + torch.ops.vllm_k80.linear(sums, self.minimum, None)).to(x.dtype)
+            y = y + torch.ops.vllm_k80.linear(sums, self.minimum, None)
+            return (torch.ops.vllm_k80.silu_and_mul(y) if gated else y).to(x.dtype)
         return torch.ops.vllm_k80.linear_w4(
-            x, self.qweight, self.scale, self.minimum, bias, self.zero
+            x, self.qweight, self.scale, self.minimum, bias, self.zero, gated
         )
 
     def embedding(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
