@@ -183,6 +183,71 @@ def test_what_cannot_be_rotated_into_the_cache_is_named(
         vllm_k80.rotary_and_cache(*arguments.values())
 
 
+class Kernel:
+    """A kernel that only keeps what it is launched with."""
+
+    def __init__(self, launches: list[Any]) -> None:
+        self.launches = launches
+
+    def launch(self, *arguments: Any) -> None:
+        self.launches.append(arguments)
+
+
+def test_layers_of_one_step_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are alike; what lies at an odd address is checked always."""
+    checks, launches = [], []
+    check = attention_reference.check_attention
+    monkeypatch.setattr(driver, "available", lambda: True)
+    monkeypatch.setattr(driver, "kernel", lambda name, signature, device: Kernel(launches))
+    monkeypatch.setattr(
+        attention_reference, "check_attention", lambda *a: checks.append(1) or check(*a)
+    )
+
+    def decode(lengths: Any, table: Any, query: Any, window: int = 0) -> tuple[Any, ...]:
+        cache, out = torch.ones(2, 3, 4, 2, 64), torch.empty(2, 4, 64)
+        attention_kernels.paged_attention(query, cache, out, lengths, table, 99, 0.5, window)
+        assert launches[-1][2:5] == (query.data_ptr(), cache.data_ptr(), out.data_ptr())
+        return launches[-1]
+
+    lengths, table = torch.ones(2, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int32)
+    query = torch.ones(2, 4, 64)
+    first = decode(lengths, table, query)
+    again = decode(lengths, table, query.clone())
+    assert len(checks) == 1
+    assert first[:2] == again[:2]
+    assert first[6:] == again[6:]
+    windowed = decode(lengths, table, query, window=5)
+    assert len(checks) == 2
+    assert windowed != first
+    decode(lengths, table, query)
+    assert len(checks) == 2
+    decode(lengths.clone(), table, query)  # another step
+    decode(lengths, table, query)
+    assert len(checks) == 4
+    with pytest.raises(ValueError, match="query begins at"):
+        decode(lengths, table, torch.ones(2 * 4 * 64 + 1)[1:].view(2, 4, 64))
+
+
+def test_a_step_rotates_with_its_own_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's arguments in their order, also where they were found before."""
+    launches: list[Any] = []
+    monkeypatch.setattr(driver, "available", lambda: True)
+    monkeypatch.setattr(driver, "kernel", lambda name, signature, device: Kernel(launches))
+    cos_sin, cache = torch.ones(16, 8), torch.zeros(2, 3, 4, 2, 16)
+    for _ in range(2):
+        positions, slots = torch.tensor([3, 4]), torch.tensor([5, 6])
+        for _ in range(2):
+            query, both = torch.ones(2, 4, 16), torch.ones(2, 2, 2, 16)
+            key, value = both[:, 0], both[:, 1]
+            attention_kernels.rotary_and_cache(
+                positions, query, key, value, cos_sin, True, cache, slots
+            )
+            tensors_of = positions, query, key, value, cos_sin, cache, slots
+            sizes = 4, 2, 16, 8, 64, 64, 64, 16, 12, True
+            addresses = (x.data_ptr() for x in tensors_of)
+            assert launches[-1] == ((2, 1), 256, *addresses, *sizes)
+
+
 def test_a_block_of_decode_is_one_of_about_as_many_as_fill_a_die() -> None:
     assert attention_kernels.splits(8, 2048) == 8
     assert attention_kernels.splits(64, 2048) == 1

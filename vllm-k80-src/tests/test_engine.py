@@ -32,6 +32,7 @@ layers = Counter()
 for module in runner.get_model().modules():
     layers["attention"] += isinstance(module, Attention)
     layers["linear"] += isinstance(module, LinearBase)
+    layers["decided"] += "forward" in vars(module)
 prompts = [{"prompt_token_ids": list(p)} for p in arguments["prompts"]]
 sampling = SamplingParams(temperature=0, max_tokens=arguments["tokens"], ignore_eos=True)
 # What a step of the model does that may be a launch: neither a view nor an allocation.
@@ -91,7 +92,7 @@ def test_every_layer_of_smollm2_goes_through_our_operators(smollm2: Path, tmp_pa
     steps = 3
     result = run(engine, [[1, 2, 3]], steps)
     # 30 decoder layers: qkv, output, gate and up, down; one attention each.
-    assert result["layers"] == {"attention": 30, "linear": 120}
+    assert result["layers"] == {"attention": 30, "linear": 120, "decided": 120}
     calls = result["calls"]
     assert calls["linear_w4"] == 120 * steps
     assert calls["linear_w8"] == steps  # the language model head, shared with the embedding

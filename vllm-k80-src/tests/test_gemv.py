@@ -234,6 +234,7 @@ def test_a_weight_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "kernel", lambda name, signature, device: Kernel())
     monkeypatch.setattr(reference, "check_gemv_w4", lambda *a: checks.append(a) or check(*a))
     monkeypatch.setattr(kernels._Product, "_KNOWN", {})
+    monkeypatch.setattr(kernels._Product, "_SEEN", {})
     weight = torch.zeros(64, 64, dtype=torch.uint8), torch.ones(64, 4), torch.ones(64, 4)
     for _ in range(3):
         y = kernels.linear_w4(torch.ones(1, 128), *[part.detach() for part in weight])
@@ -242,6 +243,36 @@ def test_a_weight_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     y = kernels.linear_w4(torch.ones(1, 256), *[part.view(32, -1) for part in weight])
     assert y.shape == (1, 32)
     assert (len(checks), len(launches)) == (2, 4)
+
+
+def test_objects_that_live_are_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are forgotten with their lives, so that no other object passes for them."""
+
+    class Kernel:
+        def launch(self, *arguments: Any) -> None:
+            pass
+
+    asked = []
+    identify = kernels._Product._identify
+    monkeypatch.setattr(driver, "available", lambda: True)
+    monkeypatch.setattr(driver, "kernel", lambda name, signature, device: Kernel())
+    monkeypatch.setattr(kernels._Product, "_KNOWN", {})
+    monkeypatch.setattr(kernels._Product, "_SEEN", {})
+    monkeypatch.setattr(
+        kernels._Product,
+        "_identify",
+        staticmethod(lambda parts: asked.append(1) or identify(parts)),
+    )
+    weight = torch.zeros(4, 64).half()
+    for _ in range(2):
+        kernels.linear(torch.ones(1, 64), weight)
+    before = len(asked)
+    for _ in range(3):
+        assert kernels.linear(torch.ones(1, 64), weight).shape == (1, 4)
+    assert len(asked) == before
+    assert len(kernels._Product._SEEN) == 1
+    del weight
+    assert not kernels._Product._SEEN
 
 
 @pytest.fixture(scope="module")

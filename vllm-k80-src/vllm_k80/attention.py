@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.utils import (
     CommonAttentionMetadata,
 )
 
-from vllm_k80 import ops  # noqa: F401  (defines torch.ops.vllm_k80)
+from vllm_k80.ops import k80
 from vllm_k80.ops.attention_reference import MAX_HEAD_SIZE
 
 # Multiples of 8 keep an FP16 row aligned for 16-byte loads.
@@ -38,6 +38,7 @@ class K80AttentionMetadata:
     num_actual_tokens: int
     max_query_len: int
     max_seq_len: int
+    is_decode: bool  # one query for each sequence
 
 
 class K80MetadataBuilder(AttentionMetadataBuilder[K80AttentionMetadata]):
@@ -71,6 +72,7 @@ class K80MetadataBuilder(AttentionMetadataBuilder[K80AttentionMetadata]):
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
             max_seq_len=self.max_model_len,
+            is_decode=common.max_query_len == 1 and common.num_actual_tokens == common.num_reqs,
         )
 
 
@@ -154,7 +156,7 @@ class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
         output, query = context.view(self.query_shape), query.view(self.query_shape)
         key, value = key.view(self.key_shape), value.view(self.key_shape)
         if self.rotation is not None:
-            torch.ops.vllm_k80.rotary_and_cache(
+            k80.rotary_and_cache(
                 self.rotation.positions,
                 query,
                 key,
@@ -165,14 +167,14 @@ class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
                 attn_metadata.slot_mapping,
             )
         elif not self.shares_cache:
-            torch.ops.vllm_k80.reshape_and_cache(key, value, kv_cache, attn_metadata.slot_mapping)
+            k80.reshape_and_cache(key, value, kv_cache, attn_metadata.slot_mapping)
         if self.alibi_slopes is not None and self.alibi_slopes.device != query.device:
             self.alibi_slopes = self.alibi_slopes.to(query.device)
-        query = query[: attn_metadata.num_actual_tokens]
+        if attn_metadata.num_actual_tokens != query.shape[0]:
+            query = query[: attn_metadata.num_actual_tokens]
         options = (self.scale, self.window, self.soft_cap, self.alibi_slopes)
-        # One query for each sequence: decode.
-        if attn_metadata.max_query_len == 1 and len(query) == len(attn_metadata.seq_lens):
-            torch.ops.vllm_k80.paged_attention(
+        if attn_metadata.is_decode:
+            k80.paged_attention(
                 query,
                 kv_cache,
                 output,
@@ -182,7 +184,7 @@ class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
                 *options,
             )
         else:
-            torch.ops.vllm_k80.varlen_attention(
+            k80.varlen_attention(
                 query,
                 kv_cache,
                 output,

@@ -1,4 +1,4 @@
-"""Pairs of a model's modules that become one launch, found when the model is loaded.
+"""What a loaded model's modules can leave out: launches that two share, and calls in between.
 
 vLLM's models call their modules one after the other, and each of ours launches a kernel. Two pairs
 of a decoder layer need only one for both:
@@ -11,11 +11,16 @@ of a decoder layer need only one for both:
 What a module does with the results is Python that nobody promises to keep. So a pair is joined only
 if the source of the module's ``forward`` hands the results of the one to the other and to nothing
 else; any other module stays as it is.
+
+Between a module of vLLM's and its launch are calls that decide, in every step anew, what was
+settled when the model was loaded. A CUDA graph has none of it, but eager execution waits for them.
+So they are decided once, where nothing but a product is left.
 """
 
 import ast
 import functools
 import inspect
+import itertools
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.attention.layer import Attention
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 
 from vllm_k80.attention import K80AttentionImpl, Rotation
 from vllm_k80.layers import K80SiluAndMul, Rotary
@@ -40,6 +50,29 @@ def fuse(model: torch.nn.Module) -> None:
             rotation = Rotation(children["rotary_emb"])
             children["attn"].impl.rotation = rotation
             _replace(module, "rotary_emb", rotation.remember)
+    for module in model.modules():
+        if _is_plain(module):
+            product = module.packed_weights[0].product(module.bias, getattr(module, "gated", False))
+            module.forward = _forward(product)
+        # torch keeps children apart, and looks there last. Python finds them here at once.
+        module.__dict__.update(module.named_children())
+
+
+def _is_plain(layer: torch.nn.Module) -> bool:
+    """Whether a linear layer's forward is one product of ours, and nothing before or after it."""
+    if not isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+        return False
+    packed = getattr(layer, "packed_weights", ())
+    # With several dies, columns may be gathered, and rows are added up.
+    alone = layer.tp_size == 1 or (
+        isinstance(layer, ColumnParallelLinear) and not layer.gather_output
+    )
+    return len(packed) == 1 and alone and layer.return_bias and not layer.skip_bias_add
+
+
+def _forward(product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, None]]:
+    """A linear layer's forward: the result, and no bias that is left to be added."""
+    return lambda x: (product(x), None)
 
 
 def _replace(module: torch.nn.Module, name: str, function: Callable[..., Any]) -> None:
@@ -105,7 +138,7 @@ def hands_over(
     if uses.count(first) != 1 or uses.count(second) != 1:
         return False
     body = function.body
-    for index, (one, other) in enumerate(zip(body, body[1:], strict=False)):
+    for index, (one, other) in enumerate(itertools.pairwise(body)):
         made, taken = _call(one, first), _call(other, second)
         if made is None or taken is None:
             continue

@@ -4,6 +4,7 @@ Each function has the contract of its namesake in `reference` and falls back to 
 installation carries no compiled kernels, or for a dtype that has none.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -185,7 +186,9 @@ class _Product:
     Checking a weight and naming its kernel took longer than launching it, at every layer of every
     step, so it is done once. What comes of it depends on nothing but the addresses, shapes, strides
     and dtypes of the weight's parts, so these are what it is found by. (The tensors cannot carry
-    it: torch 2.0 gives an operator written in Python new objects for them in every call.)
+    it: torch 2.0 gives an operator written in Python new objects for them in every call.) Objects
+    that were seen before, and live, are asked for their addresses only, since asking for all took
+    as long as the launch.
 
     Args:
         kernel: its name without the rows of x.
@@ -195,6 +198,8 @@ class _Product:
     """
 
     _KNOWN: ClassVar[dict[tuple[Any, ...], "_Product"]] = {}
+    # By identities and addresses of the parts, with what forgets them when one of them is gone.
+    _SEEN: ClassVar[dict[tuple[int, ...], tuple["_Product", list[weakref.ref[Tensor]]]]] = {}
 
     def __init__(
         self,
@@ -236,12 +241,27 @@ class _Product:
     @classmethod
     def known(cls, x: Tensor, parts: tuple[Tensor | bool | None, ...]) -> "_Product | None":
         """What was made of these parts, if it is known and takes ``x``."""
-        product = cls._KNOWN.get(cls._identify(parts))
+        objects = (
+            *map(id, parts),
+            *[part.data_ptr() for part in parts if isinstance(part, Tensor)],
+        )
+        if (seen := cls._SEEN.get(objects)) is not None:
+            product = seen[0]
+        elif (known := cls._KNOWN.get(cls._identify(parts))) is not None:
+            product = known
+
+            def forget(_: object) -> None:
+                cls._SEEN.pop(objects, None)
+
+            tensors = (part for part in parts if isinstance(part, Tensor))
+            cls._SEEN[objects] = product, [weakref.ref(part, forget) for part in tensors]
+        else:
+            return None
+        shape = x.shape
         if (
-            product is None
-            or x.dtype not in _SUFFIX
-            or x.shape[-1] != product._columns
-            or x.numel() > reference.GEMV_ROWS * product._columns
+            x.dtype not in _SUFFIX
+            or shape[-1] != product._columns
+            or shape.numel() > reference.GEMV_ROWS * product._columns
             or x.device != product._device
         ):
             return None
@@ -259,10 +279,12 @@ class _Product:
     def __call__(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``, or `silu_and_mul` of it."""
         x = x.contiguous()
-        if x.data_ptr() % 16:  # a view into something else; the kernel loads 128 bits at a time
+        address, shape = x.data_ptr(), x.shape
+        if address % 16:  # a view into something else; the kernel loads 128 bits at a time
             x = x.clone()
-        y = x.new_empty((*x.shape[:-1], self._outputs))
-        tokens = x.numel() // self._columns
+            address = x.data_ptr()
+        y = x.new_empty((*shape[:-1], self._outputs))
+        tokens = shape.numel() // self._columns
         if not tokens:
             return y
         if tokens not in self._launches:
@@ -272,7 +294,7 @@ class _Product:
             grid,
             _THREADS,
             *self._pointers,
-            x.data_ptr(),
+            address,
             self._bias,
             y.data_ptr(),
             self._rows,
@@ -331,9 +353,7 @@ def gemv_w8(
     return product(x)
 
 
-def gemv_f16(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False
-) -> Tensor:
+def gemv_f16(x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False) -> Tensor:
     """See `reference.gemv_f16`; kernels ``gemv_f16_...``, ``gated_gemv_f16_...``."""
     parts = weight, bias, gated
     product = _Product.known(x, parts)
@@ -470,9 +490,7 @@ def linear_w8(
     return _in_tiles(x, rows, bias, gated, lambda part: dequant_w8(qweight[part], scale[part]))
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False) -> Tensor:
     """See `reference.linear`: with an FP16 weight `gemv_f16` in decode, tiles in prefill."""
     if product := _Product.known(x, (weight, bias, gated)):
         return product(x)

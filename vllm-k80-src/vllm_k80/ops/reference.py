@@ -264,8 +264,7 @@ def check_rotation(name: str, positions: Tensor, head_size: int, cos_sin_cache: 
         )
     if cos_sin_cache.device != positions.device:
         raise ValueError(
-            f"{name}: cos_sin_cache is on {cos_sin_cache.device}, positions on "
-            f"{positions.device}"
+            f"{name}: cos_sin_cache is on {cos_sin_cache.device}, positions on {positions.device}"
         )
 
 
@@ -307,9 +306,7 @@ def rotary_embedding(
         b.copy_(second)
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False) -> Tensor:
     """``x @ weight.T + bias`` in FP32.
 
     Args:
@@ -608,9 +605,7 @@ def check_gemv_f16(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) 
     return check_gemv("gemv_f16", x, rows, columns, None, weight, (), bias, gated)
 
 
-def gemv_f16(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False
-) -> Tensor:
+def gemv_f16(x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False) -> Tensor:
     """`linear` with an FP16 weight for up to 32 rows of x, in one kernel.
 
     Raises:

@@ -8,6 +8,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers import linear, quantization
 from vllm.model_executor.layers.fused_moe.layer import FusedMoE
 
+from vllm_k80.ops import k80
 from vllm_k80.quantization import methods as served
 from vllm_k80.quantization.packed import PackedWeight
 
@@ -32,7 +33,7 @@ def apply(layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tens
         return weights[0].linear(x, bias, gated)
     y = torch.cat([weight.linear(x) for weight in weights], dim=-1)
     y = y if bias is None else y + bias
-    return torch.ops.vllm_k80.silu_and_mul(y) if gated else y
+    return k80.silu_and_mul(y) if gated else y
 
 
 def group_index(columns: int, per_rank: int, group: int, shards: int) -> torch.nn.Parameter:
