@@ -277,6 +277,42 @@ def repeated() -> tuple[int, list[dict[str, Any]]]:
     return count, off
 
 
+def rotated() -> tuple[int, list[dict[str, Any]]]:
+    """Keys rotated on their way into the cache are what two operators leave there, bit by bit."""
+    off = []
+    for index in range(SEEDS // 2):
+        draw, source = random.Random(index), generator(index)
+        dtype, cache_dtype = draw.choice(FLOATS), draw.choice(FLOATS)
+        kv_heads, group = draw.choice((1, 2, 3, 8, 32)), draw.choice((1, 2, 4, 7))
+        size, tokens = draw.choice(HEAD_SIZES), draw.choice((1, 1, 2, 8, 33))
+        rotary = size // draw.choice((1, 1, 2, 4)) // 2 * 2
+        about = {"dtype": dtype, "cache": cache_dtype, "heads": kv_heads * group, "size": size}
+        about |= {"kv_heads": kv_heads, "rotary": rotary, "tokens": tokens, "case": index}
+        sizes = [kv_heads * group * size, kv_heads * size, kv_heads * size]
+        qkv = torch.randn(tokens, sum(sizes), generator=source, device="cuda").to(dtype)
+        cos_sin = torch.randn(64, rotary, generator=source, device="cuda").to(dtype)
+        positions = torch.randint(-1, 65, (tokens,), generator=source, device="cuda")
+        cache = torch.full((2, 4, 16, kv_heads, size), 123.0, device="cuda").to(cache_dtype)
+        slots = torch.randperm(64, generator=source, device="cuda")[:tokens] - draw.choice((0, 1))
+        slots = slots[: tokens - draw.choice((0, 0, 1))]  # one token may be padding
+        is_neox, done = draw.random() < 0.5, []
+        for joined in (False, True):
+            both, into = qkv.clone(), cache.clone()
+            query, key, value = (x.unflatten(1, (-1, size)) for x in both.split(sizes, dim=1))
+            if joined:
+                tensors_of = positions, query, key, value, cos_sin, is_neox, into, slots
+                vllm_k80.rotary_and_cache(*tensors_of)
+            else:
+                rows = query[: len(slots)].flatten(1), key[: len(slots)].flatten(1)
+                places = positions[: len(slots)]
+                vllm_k80.rotary_embedding(places, *rows, size, cos_sin, is_neox)
+                vllm_k80.reshape_and_cache(key, value, into, slots)
+            done.append([x.nan_to_num(nan=-7.0) for x in (query, value, into)])
+        if not all(map(torch.equal, *done)):
+            off.append({"operator": "rotary_and_cache", **{k: str(v) for k, v in about.items()}})
+    return SEEDS // 2, off
+
+
 def compare() -> tuple[dict[str, int], list[dict[str, Any]]]:
     """Every operator; returns how many comparisons there were, and those that are off."""
     off: list[dict[str, Any]] = []
@@ -321,9 +357,10 @@ def compare() -> tuple[dict[str, int], list[dict[str, Any]]]:
             off.append({"operator": operator, **printable, **about_error})
     replays, differing = replayed()
     repetitions, unequal = repeated()
+    rotations, other = rotated()
     counts = {"comparisons": count, "beyond_twice_torch": beyond, "replays": replays}
-    counts |= {"repetitions": repetitions, "bad_data": bad_data()}
-    return counts, off + differing + unequal
+    counts |= {"repetitions": repetitions, "rotated": rotations, "bad_data": bad_data()}
+    return counts, off + differing + unequal + other
 
 
 def timed_case(prefill: bool, sequences: int, length: int, kv_heads: int) -> dict[str, Any]:

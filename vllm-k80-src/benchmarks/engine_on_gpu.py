@@ -47,23 +47,27 @@ def wait_without_spinning() -> None:
 def register_random_w4() -> None:
     """The quantization ``random_w4``: linear layers of random INT4 weights, made on the device."""
     import torch
-    from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+    from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+    from vllm_k80.quantization import methods
+    from vllm_k80.quantization.linear import PackedLinearMethod
     from vllm_k80.quantization.packed import PackedWeight
 
-    class RandomLinear(LinearMethodBase):
+    methods.METHODS["random_w4"] = methods.Method("random weights of 4 bits")  # or it is refused
+
+    class RandomLinear(PackedLinearMethod):
         def create_weights(
             self, layer, input_size_per_partition, output_partition_sizes, *_: Any, **__: Any
         ) -> None:
             rows, columns = sum(output_partition_sizes), input_size_per_partition
             qweight = torch.randint(256, (rows, columns // 2), dtype=torch.uint8)
             scale = torch.rand(rows, columns // GROUP, dtype=torch.float32).mul(0.01).half()
-            layer.packed = PackedWeight(qweight, scale, scale * -8)
+            self.weight = PackedWeight(qweight, scale, scale * -8)
 
-        def apply(self, layer, x, bias=None):
-            return layer.packed.linear(x, bias)
+        def pack(self, layer):
+            return [self.weight]
 
     @register_quantization_config("random_w4")
     class RandomW4(QuantizationConfig):

@@ -133,6 +133,25 @@ def compare() -> tuple[dict[str, int], list[dict[str, Any]]]:
             about = {key: str(value) for key, value in about.items()}
             off.append({"operator": name, **about, "error": ours, "error_of_cublas": theirs})
 
+    def check_gated(
+        name: str, about: dict[str, Any], x: torch.Tensor, weight: Any, bias: Any, *more: Any
+    ) -> None:
+        """The activation of the product in FP32, rounded once, to the last bit."""
+        nonlocal count
+        even = about["rows"] // 2 * 2
+        if not even:
+            return
+        count += 1
+        weight, more = (
+            [part if part is None else part[:even] for part in parts] for parts in (weight, more)
+        )
+        bias = bias if bias is None else bias[:even]
+        operator = getattr(vllm_k80, name)
+        result = operator(x, *weight, bias, *more, gated=True)
+        apart = vllm_k80.silu_and_mul(operator(x.float(), *weight, bias, *more)).to(x.dtype)
+        if result.shape != (x.shape[0], even // 2) or not torch.equal(result, apart):
+            off.append({"operator": f"gated {name}", **{k: str(v) for k, v in about.items()}})
+
     for index in range(SEEDS):
         about = case(index)
         rows, columns, group = about["rows"], about["columns"], about["group"]
@@ -140,6 +159,7 @@ def compare() -> tuple[dict[str, int], list[dict[str, Any]]]:
         parts, weight, terms = weight_w4(rows, columns, group, about["scale"], about["zero"], index)
         result = vllm_k80.gemv_w4(x, *parts[:3], bias, parts[3])
         check("gemv_w4", about, result, x, weight, bias, terms)
+        check_gated("gemv_w4", about, x, parts[:3], bias, parts[3])
         dense = vllm_k80.dequant_w4(*parts)
         count += 1
         if not error(dense, weight) < 1e-6:
@@ -149,6 +169,7 @@ def compare() -> tuple[dict[str, int], list[dict[str, Any]]]:
         parts8, weight, terms = weight_w8(rows, columns, group, about["scale"], index)
         result = vllm_k80.gemv_w8(x, *parts8, bias)
         check("gemv_w8", {**about, "group": group}, result, x, weight, bias, terms)
+        check_gated("gemv_w8", {**about, "group": group}, x, parts8, bias)
         dense = vllm_k80.dequant_w8(*parts8)
         count += 1
         if not error(dense, weight) < 1e-6:
@@ -156,6 +177,7 @@ def compare() -> tuple[dict[str, int], list[dict[str, Any]]]:
         half = weight.half()
         result = vllm_k80.gemv_f16(x, half, bias)
         check("gemv_f16", about, result, x, half.double(), bias)
+        check_gated("gemv_f16", about, x, [half], bias)
     # Prefill: several tiles of the work buffer, and a part of one.
     for index, tokens in enumerate((33, 128, 513)):
         about = {"tokens": tokens, "rows": 4100, "columns": 5120, "group": 128, "values": "normal"}
@@ -198,6 +220,11 @@ def time_all() -> list[dict[str, Any]]:
             def w4(seed: int, dtype: torch.dtype = torch.float16, shape=(rows, columns)) -> Any:
                 return tuple(weight_w4(*shape, 128, dtype, True, seed)[0])
 
+            timed(
+                "gated_gemv_w4_us",
+                w4,
+                lambda q, s, m, z, x=x: vllm_k80.gemv_w4(x, q, s, m, None, z, True),
+            )
             timed("gemv_w4_us", w4, lambda q, s, m, z, x=x: vllm_k80.gemv_w4(x, q, s, m, None, z))
             timed(
                 "gemv_w8_us",

@@ -3,10 +3,13 @@
 //   gemv_w4_{f16,f32,z16,z32}_m{1,2,4,8}   INT4, groups of 32, 64 or 128 columns
 //   gemv_w8_{f16,f32}_m{1,2,4,8}           INT8, groups of 32, 64 or 128 columns, or a row
 //   gemv_f16_m{1,2,4,8}                    FP16
+//   gated_gemv_...                         the same, each, of a weight whose first N/2 rows are
+//                                          a gate's: y[t, n] = silu(p[t, n]) * p[t, N/2 + n], where
+//                                          p is the product and silu(v) = v / (1 + exp(-v))
 //   dequant_w4_{f16,f32,z16,z32}, dequant_w8_{f16,f32}   rows of a weight as FP32, for cuBLAS
 //
 // m{1,2,4,8} is the most rows of x that a block takes; m8 takes more in tiles of eight. x [T, K]
-// and y [T, N]: FP32 or FP16 (flag kHalfX), row-major. bias [N] FP32 or FP16 (kHalfBias) or
+// and y [T, N], or [T, N/2] if gated: FP32 or FP16 (flag kHalfX), row-major. bias [N] FP32 or FP16 (kHalfBias) or
 // null. scale and offset: FP16 in kernels ..._f16 and ..._z16, else FP32.
 //
 // Weight layouts, row-major, rows 16-byte aligned:
@@ -36,6 +39,11 @@
 // The sum over a lane's columns of a step comes first, in FP32, then scale and offset are applied
 // to it: offset needs the sum of x over them, which is made once, when x is staged. Sums of sums
 // also round less.
+//
+// A warp of a gated product takes half as many rows of the gate and those of the other half that
+// belong to them, so that it has both factors of its results in registers. Weights lie as ever.
+// Predicted for 2 x 11008 x 4096 in INT4: 286 microseconds, as without; the activation is a third of
+// a microsecond at the end, and a launch of its own would take 5.
 //
 // Predicted by tools/smx.py for an INT4 layer of 4096 x 4096, group 128, in microseconds, with
 // the read-only cache at 64 / 32 bytes a clock (the memory's bound is 51): this design 63 / 65;
@@ -160,8 +168,41 @@ __device__ __forceinline__ void store(float* acc, int lane, int row0, int token0
   }
 }
 
+// The same of a gated product: the first half of acc belongs to rows row0 and following of the
+// gate, the second to their factors, `outputs` rows on.
+template <int kRows, int kTokens>
+__device__ __forceinline__ void store_gated(float* acc, int lane, int row0, int token0,
+                                            const void* __restrict__ bias, void* __restrict__ y,
+                                            int outputs, int tokens, int flags) {
+  constexpr int kResults = kRows * kTokens / 2;
+  constexpr int kBatch = kResults < 32 ? 2 * kResults : 32;
+  static_assert(kResults <= 32, "");
+  float gate = warp_sums<kBatch>(acc, lane), factor;
+  if (kResults < 32)
+    factor = __shfl_down_sync(kAll, gate, 16);
+  else
+    factor = warp_sums<32>(acc + kResults, lane);
+  const int i = lane / (32 / kBatch);
+  const int n = row0 + i / kTokens, t = token0 + i % kTokens;
+  if (lane % (32 / kBatch) || i >= kResults || n >= outputs || t >= tokens) return;
+  if (bias && flags & kHalfBias) {
+    gate += number(static_cast<const __half*>(bias) + n);
+    factor += number(static_cast<const __half*>(bias) + outputs + n);
+  } else if (bias) {
+    gate += number(static_cast<const float*>(bias) + n);
+    factor += number(static_cast<const float*>(bias) + outputs + n);
+  }
+  const float v = gate / (1.f + expf(-gate)) * factor;
+  const size_t at = static_cast<size_t>(t) * outputs + n;
+  if (flags & kHalfX)
+    static_cast<__half*>(y)[at] = __float2half(v);
+  else
+    static_cast<float*>(y)[at] = v;
+}
+
 // kRows rows a warp, kTokens rows of x, kSteps steps staged at a time.
-template <class W, class Scale, Offset kOffset, int kTokens, int kRows, int kSteps>
+template <class W, class Scale, Offset kOffset, int kTokens, int kRows, int kSteps,
+          bool kGated = false>
 __device__ __forceinline__ void product(const uint4* __restrict__ weight,
                                         const Scale* __restrict__ scale,
                                         const Scale* __restrict__ offset,
@@ -179,7 +220,9 @@ __device__ __forceinline__ void product(const uint4* __restrict__ weight,
   // More than eight rows of x: the blocks that read the same weights run side by side.
   const int block = kTokens == 8 ? blockIdx.y : blockIdx.x;
   const int token0 = kTokens == 8 ? blockIdx.x * kTokens : 0;
-  const int row0 = (block * kWarps + warp) * kRows;
+  constexpr int kRun = kGated ? kRows / 2 : kRows;  // neighbours of a warp
+  const int outputs = kGated ? rows / 2 : rows;
+  const int row0 = (block * kWarps + warp) * kRun;
   const int units = static_cast<unsigned>(columns) / W::kColumns;  // of 128 bits, in a row
   const int groups = ((units - 1) >> group_shift) + 1;
   const unsigned part = threadIdx.x % kParts;
@@ -190,7 +233,7 @@ __device__ __forceinline__ void product(const uint4* __restrict__ weight,
   for (int i = 0; i < kRows * kTokens; ++i) acc[i] = 0.f;
   int row[kRows];  // rows past the end repeat the last one and are not stored
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) row[r] = min(row0 + r, rows - 1);
+  for (int r = 0; r < kRows; ++r) row[r] = min(row0 + r % kRun, outputs - 1) + r / kRun * outputs;
 
   for (int base = 0; base < units; base += kSteps * 32) {
     // Every load first, then all that waits for them.
@@ -292,7 +335,10 @@ __device__ __forceinline__ void product(const uint4* __restrict__ weight,
     }
   }
 
-  store<kRows, kTokens>(acc, lane, row0, token0, bias, y, rows, tokens, flags);
+  if (kGated)
+    store_gated<kRows, kTokens>(acc, lane, row0, token0, bias, y, outputs, tokens, flags);
+  else
+    store<kRows, kTokens>(acc, lane, row0, token0, bias, y, rows, tokens, flags);
 }
 
 // Sums of kCount values over each kCount lanes, a power of two. Lane l of them gets in v[0] the sum
@@ -319,7 +365,7 @@ __device__ __forceinline__ void lane_sums(float* v, int lane) {
 // is staged, so that both waits are one. Products of two rows of the weight take turns: neighbours
 // then differ in two of three registers, and the compiler pairs more of them. Predicted for INT4,
 // 4096 x 4096: 172 microseconds, 2.7 times one row; the FP32 units alone bound it at 79.
-template <class W, class Scale, Offset kOffset, int kRows>
+template <class W, class Scale, Offset kOffset, int kRows, bool kGated = false>
 __device__ __forceinline__ void product_of_eight(
     const uint4* __restrict__ weight, const Scale* __restrict__ scale,
     const Scale* __restrict__ offset, const void* __restrict__ x, const void* __restrict__ bias,
@@ -335,15 +381,17 @@ __device__ __forceinline__ void product_of_eight(
 
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   // The blocks that read the same weights run side by side.
-  const int token0 = blockIdx.x * kTokens, row0 = (blockIdx.y * kWarps + warp) * kRows;
+  constexpr int kRun = kGated ? kRows / 2 : kRows;  // neighbours of a warp
+  const int outputs = kGated ? rows / 2 : rows;
+  const int token0 = blockIdx.x * kTokens, row0 = (blockIdx.y * kWarps + warp) * kRun;
   const int units = static_cast<unsigned>(columns) / W::kColumns;  // of 128 bits, in a row
   const int groups = ((units - 1) >> group_shift) + 1;
   const unsigned piece = threadIdx.x % (kParts * 32), part = piece % kParts, owner = piece / kParts;
   const int staged0 = threadIdx.x / (kParts * 32) * kStaged;
   const float4 factor = W::factors(part);
   // Rows past the end repeat the last one and are not stored.
-  const int first_row = min(row0, rows - 1), first_token = min(token0 + staged0, tokens - 1);
-  const int more_rows = rows - 1 - first_row, more_tokens = tokens - 1 - first_token;
+  const int first_row = min(row0, outputs - 1), first_token = min(token0 + staged0, tokens - 1);
+  const int more_rows = outputs - 1 - first_row, more_tokens = tokens - 1 - first_token;
 
   float acc[kRows * kTokens];
 #pragma unroll
@@ -384,8 +432,9 @@ __device__ __forceinline__ void product_of_eight(
     const uint4* at = weight + static_cast<size_t>(first_row) * units + unit;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
+      if (r == kRun) at = weight + static_cast<size_t>(first_row + outputs) * units + unit;
       q[r] = __ldg(at);
-      if (r < more_rows) at += units;
+      if (r % kRun < more_rows) at += units;
     }
 
     if (base) __syncthreads();
@@ -425,9 +474,11 @@ __device__ __forceinline__ void product_of_eight(
     float s[kRows], b[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
+      if (r == kRun)
+        group = static_cast<size_t>(first_row + outputs) * groups + (unit >> group_shift);
       s[r] = number(scale + group);
       b[r] = kOffset == kNone ? -128.f : number(offset + group);
-      if (r < more_rows) group += groups;
+      if (r % kRun < more_rows) group += groups;
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -445,7 +496,10 @@ __device__ __forceinline__ void product_of_eight(
       }
     }
   }
-  store<kRows, kTokens>(acc, lane, row0, token0, bias, y, rows, tokens, flags);
+  if (kGated)
+    store_gated<kRows, kTokens>(acc, lane, row0, token0, bias, y, outputs, tokens, flags);
+  else
+    store<kRows, kTokens>(acc, lane, row0, token0, bias, y, rows, tokens, flags);
 }
 
 // 32 bits of a weight a thread: out[i] for its eight INT4 or four INT8 columns. `out` is FP32,
@@ -484,37 +538,49 @@ __device__ __forceinline__ void dequantize(const unsigned* __restrict__ weight,
 #else
 #define GEMV_FIT(BLOCKS) BLOCKS
 #endif
-#define GEMV_W4(NAME, SCALE, OFFSET, TOKENS, BLOCKS, PRODUCT)                                      \
+#define GEMV_W4(NAME, SCALE, TOKENS, BLOCKS, PRODUCT)                                              \
   extern "C" __global__ void __launch_bounds__(gemv::kThreads, GEMV_FIT(BLOCKS))                   \
-      gemv_w4_##NAME##_m##TOKENS(const uint4* weight, const SCALE* scale, const SCALE* offset,     \
-                                 const void* x, const void* bias, void* y, int rows, int columns,  \
-                                 int group_shift, int tokens, int flags) {                         \
+      NAME##_m##TOKENS(const uint4* weight, const SCALE* scale, const SCALE* offset,               \
+                       const void* x, const void* bias, void* y, int rows, int columns,            \
+                       int group_shift, int tokens, int flags) {                                   \
     PRODUCT(weight, scale, offset, x, bias, y, rows, columns, group_shift, tokens, flags);         \
   }
 #define GEMV_W8(NAME, SCALE, TOKENS, BLOCKS, PRODUCT)                                              \
   extern "C" __global__ void __launch_bounds__(gemv::kThreads, GEMV_FIT(BLOCKS))                   \
-      gemv_w8_##NAME##_m##TOKENS(const uint4* weight, const SCALE* scale, const void* x,           \
-                                 const void* bias, void* y, int rows, int columns,                 \
-                                 int group_shift, int tokens, int flags) {                         \
+      NAME##_m##TOKENS(const uint4* weight, const SCALE* scale, const void* x, const void* bias,   \
+                       void* y, int rows, int columns, int group_shift, int tokens, int flags) {   \
     PRODUCT(weight, scale, scale, x, bias, y, rows, columns, group_shift, tokens, flags);          \
   }
-#define GEMV_F16(TOKENS, ROWS, STEPS, BLOCKS)                                                      \
+#define GEMV_F16(NAME, TOKENS, ROWS, STEPS, BLOCKS, GATED)                                         \
   extern "C" __global__ void __launch_bounds__(gemv::kThreads, GEMV_FIT(BLOCKS))                   \
-      gemv_f16_m##TOKENS(const uint4* weight, const void* x, const void* bias, void* y, int rows,  \
-                         int columns, int tokens, int flags) {                                     \
-    gemv::product<gemv::Half, float, gemv::kNone, TOKENS, ROWS, STEPS>(                            \
+      NAME##_m##TOKENS(const uint4* weight, const void* x, const void* bias, void* y, int rows,    \
+                       int columns, int tokens, int flags) {                                       \
+    gemv::product<gemv::Half, float, gemv::kNone, TOKENS, ROWS, STEPS, GATED>(                     \
         weight, nullptr, nullptr, x, bias, y, rows, columns, 0, tokens, flags);                    \
   }
-#define GEMV_W4_ALL(NAME, SCALE, OFFSET)                                                           \
-  GEMV_W4(NAME, SCALE, OFFSET, 1, 5, (gemv::product<gemv::Int4, SCALE, OFFSET, 1, 4, 4>))          \
-  GEMV_W4(NAME, SCALE, OFFSET, 2, 4, (gemv::product<gemv::Int4, SCALE, OFFSET, 2, 4, 2>))          \
-  GEMV_W4(NAME, SCALE, OFFSET, 4, 4, (gemv::product<gemv::Int4, SCALE, OFFSET, 4, 4, 1>))          \
-  GEMV_W4(NAME, SCALE, OFFSET, 8, 2, (gemv::product_of_eight<gemv::Int4, SCALE, OFFSET, 8>))
-#define GEMV_W8_ALL(NAME, SCALE)                                                                   \
-  GEMV_W8(NAME, SCALE, 1, 5, (gemv::product<gemv::Int8, SCALE, gemv::kNone, 1, 4, 8>))             \
-  GEMV_W8(NAME, SCALE, 2, 4, (gemv::product<gemv::Int8, SCALE, gemv::kNone, 2, 4, 4>))             \
-  GEMV_W8(NAME, SCALE, 4, 4, (gemv::product<gemv::Int8, SCALE, gemv::kNone, 4, 4, 2>))             \
-  GEMV_W8(NAME, SCALE, 8, 2, (gemv::product_of_eight<gemv::Int8, SCALE, gemv::kNone, 8>))
+#define GEMV_W4_ALL(NAME, SCALE, OFFSET, GATED)                                                    \
+  GEMV_W4(NAME, SCALE, 1, 5, (gemv::product<gemv::Int4, SCALE, OFFSET, 1, 4, 4, GATED>))           \
+  GEMV_W4(NAME, SCALE, 2, 4, (gemv::product<gemv::Int4, SCALE, OFFSET, 2, 4, 2, GATED>))           \
+  GEMV_W4(NAME, SCALE, 4, 4, (gemv::product<gemv::Int4, SCALE, OFFSET, 4, 4, 1, GATED>))           \
+  GEMV_W4(NAME, SCALE, 8, 2, (gemv::product_of_eight<gemv::Int4, SCALE, OFFSET, 8, GATED>))
+#define GEMV_W8_ALL(NAME, SCALE, GATED)                                                            \
+  GEMV_W8(NAME, SCALE, 1, 5, (gemv::product<gemv::Int8, SCALE, gemv::kNone, 1, 4, 8, GATED>))      \
+  GEMV_W8(NAME, SCALE, 2, 4, (gemv::product<gemv::Int8, SCALE, gemv::kNone, 2, 4, 4, GATED>))      \
+  GEMV_W8(NAME, SCALE, 4, 4, (gemv::product<gemv::Int8, SCALE, gemv::kNone, 4, 4, 2, GATED>))      \
+  GEMV_W8(NAME, SCALE, 8, 2, (gemv::product_of_eight<gemv::Int8, SCALE, gemv::kNone, 8, GATED>))
+#define GEMV_F16_ALL(NAME, GATED)     \
+  GEMV_F16(NAME, 1, 4, 16, 5, GATED)  \
+  GEMV_F16(NAME, 2, 4, 8, 4, GATED)   \
+  GEMV_F16(NAME, 4, 4, 4, 4, GATED)   \
+  GEMV_F16(NAME, 8, 4, 4, 3, GATED)
+#define GEMV_ALL(NAME, GATED)                                     \
+  GEMV_W4_ALL(NAME##_w4_f16, __half, gemv::kMinimum, GATED)       \
+  GEMV_W4_ALL(NAME##_w4_f32, float, gemv::kMinimum, GATED)        \
+  GEMV_W4_ALL(NAME##_w4_z16, __half, gemv::kZero, GATED)          \
+  GEMV_W4_ALL(NAME##_w4_z32, float, gemv::kZero, GATED)           \
+  GEMV_W8_ALL(NAME##_w8_f16, __half, GATED)                       \
+  GEMV_W8_ALL(NAME##_w8_f32, float, GATED)                        \
+  GEMV_F16_ALL(NAME##_f16, GATED)
 
 #define DEQUANT_W4(NAME, SCALE, OFFSET)                                                            \
   extern "C" __global__ void __launch_bounds__(gemv::kThreads)                                     \
@@ -528,16 +594,8 @@ __device__ __forceinline__ void dequantize(const unsigned* __restrict__ weight,
     gemv::dequantize<SCALE, gemv::kNone>(weight, scale, scale, out, words, group_words);           \
   }
 
-GEMV_W4_ALL(f16, __half, gemv::kMinimum)
-GEMV_W4_ALL(f32, float, gemv::kMinimum)
-GEMV_W4_ALL(z16, __half, gemv::kZero)
-GEMV_W4_ALL(z32, float, gemv::kZero)
-GEMV_W8_ALL(f16, __half)
-GEMV_W8_ALL(f32, float)
-GEMV_F16(1, 4, 16, 5)
-GEMV_F16(2, 4, 8, 4)
-GEMV_F16(4, 4, 4, 4)
-GEMV_F16(8, 4, 4, 3)
+GEMV_ALL(gemv, false)
+GEMV_ALL(gated_gemv, true)
 DEQUANT_W4(f16, __half, gemv::kMinimum)
 DEQUANT_W4(f32, float, gemv::kMinimum)
 DEQUANT_W4(z16, __half, gemv::kZero)

@@ -1,6 +1,8 @@
 // What lies between the products and attention: rotary position embedding and activations.
 //
 //   rotary_embedding_{f32,f16}       query and key of a token rotated in place
+//   rotary_and_cache_{f32,f16}       the query rotated in place, the key into the paged cache, and
+//                                    the value beside it
 //   silu_and_mul_{f32,f16}           y[t, i] = silu(x[t, i]) * x[t, columns + i]
 //   gelu_and_mul_..., gelu_tanh_and_mul_...      the same with GELU, exact or by tanh
 //   gelu_tanh_..., gelu_quick_...    y[t, i] = gelu(x[t, i])
@@ -25,11 +27,28 @@ __device__ __forceinline__ float own(const __half* p) { return __half2float(*p);
 __device__ __forceinline__ void store(float* p, float v) { *p = v; }
 __device__ __forceinline__ void store(__half* p, float v) { *p = __float2half(v); }
 
+// A warp rotates the first `rotary` elements of a head `from`, into `to`, which may be the same.
+// A lane takes a pair of elements: i and i + rotary / 2 (NeoX), or 2 i and 2 i + 1. A position
+// that is not in the cache gives NaN: it cannot be reported from here, and must not pass for a
+// result.
+template <class T>
+__device__ __forceinline__ void rotate_head(const T* from, T* to, long long position,
+                                            const T* cache, int rotary, int cached, int neox) {
+  const bool known = position >= 0 && position < cached;
+  const T* row = cache + (known ? position : 0) * rotary;
+  const int half = rotary / 2;
+  for (int i = threadIdx.x & 31; i < half; i += 32) {
+    const int first = neox ? i : 2 * i, second = first + (neox ? half : 1);
+    const float cos = known ? load(row + i) : nanf(""), sin = load(row + half + i);
+    const float a = own(from + first), b = own(from + second);
+    store(to + first, a * cos - b * sin);
+    store(to + second, b * cos + a * sin);
+  }
+}
+
 // positions [tokens]; query and key: rows of `heads` and `key_heads` heads of `head_size`, rows
 // query_stride and key_stride elements apart; cache [cached, rotary]: cos, then sin, each
-// rotary / 2 columns. A warp takes a head and a lane a pair of elements: i and i + rotary / 2
-// (NeoX), or 2 i and 2 i + 1. A position that is not in the cache gives NaN: it cannot be
-// reported from here, and must not pass for a result.
+// rotary / 2 columns. A warp takes a head.
 template <class T>
 __device__ __forceinline__ void rotate(const long long* positions, T* query, T* key,
                                        const T* cache, int heads, int key_heads, int head_size,
@@ -41,16 +60,36 @@ __device__ __forceinline__ void rotate(const long long* positions, T* query, T* 
              ? query + static_cast<size_t>(blockIdx.x) * query_stride + head * head_size
              : key + static_cast<size_t>(blockIdx.x) * key_stride + (head - heads) * head_size;
   const long long position = __ldg(positions + blockIdx.x);
-  const bool known = position >= 0 && position < cached;
-  const T* row = cache + (known ? position : 0) * rotary;
-  const int half = rotary / 2;
-  for (int i = threadIdx.x & 31; i < half; i += 32) {
-    T *first = x + (neox ? i : 2 * i), *second = first + (neox ? half : 1);
-    const float cos = known ? load(row + i) : nanf(""), sin = load(row + half + i);
-    const float a = own(first), b = own(second);
-    store(first, a * cos - b * sin);
-    store(second, b * cos + a * sin);
+  rotate_head(x, x, position, cache, rotary, cached, neox);
+}
+
+// The same with `value` and a paged cache [2, cache_slots, key_heads, head_size], keys and then
+// values; attention.cu says more of it. Warps past the key's heads copy the value's. A token whose
+// slot is not in the cache (-1 pads a batch) leaves nothing there.
+template <class T>
+__device__ __forceinline__ void rotate_and_cache(const long long* positions, T* query, const T* key,
+                                                 const T* value, const T* cache, T* kv_cache,
+                                                 const long long* slots, int heads, int key_heads,
+                                                 int head_size, int rotary, int query_stride,
+                                                 int key_stride, int value_stride, int cached,
+                                                 int cache_slots, int neox) {
+  const int head = blockIdx.y * kWarps + (threadIdx.x >> 5), lane = threadIdx.x & 31;
+  if (head >= heads + 2 * key_heads) return;
+  const size_t token = blockIdx.x;
+  const long long position = __ldg(positions + token);
+  if (head < heads) {
+    T* x = query + token * query_stride + head * head_size;
+    rotate_head(x, x, position, cache, rotary, cached, neox);
+    return;
   }
+  const long long slot = __ldg(slots + token);
+  if (slot < 0 || slot >= cache_slots) return;
+  const bool is_key = head < heads + key_heads;
+  const int at = (head - heads - (is_key ? 0 : key_heads)) * head_size;
+  const T* from = is_key ? key + token * key_stride + at : value + token * value_stride + at;
+  T* to = kv_cache + (slot + (is_key ? 0 : cache_slots)) * key_heads * head_size + at;
+  if (is_key) rotate_head(from, to, position, cache, rotary, cached, neox);
+  for (int i = (is_key ? rotary : 0) + lane; i < head_size; i += 32) to[i] = from[i];
 }
 
 struct Silu {
@@ -90,6 +129,15 @@ __device__ __forceinline__ void activate(const T* x, T* y, int columns) {
     layers::rotate(positions, query, key, cache, heads, key_heads, head_size, rotary,              \
                    query_stride, key_stride, cached, neox);                                        \
   }
+#define ROTARY_AND_CACHE(NAME, T)                                                                  \
+  extern "C" __global__ void __launch_bounds__(layers::kThreads) rotary_and_cache_##NAME(          \
+      const long long* positions, T* query, const T* key, const T* value, const T* cache,          \
+      T* kv_cache, const long long* slots, int heads, int key_heads, int head_size, int rotary,    \
+      int query_stride, int key_stride, int value_stride, int cached, int cache_slots, int neox) { \
+    layers::rotate_and_cache(positions, query, key, value, cache, kv_cache, slots, heads,          \
+                             key_heads, head_size, rotary, query_stride, key_stride, value_stride, \
+                             cached, cache_slots, neox);                                           \
+  }
 #define ACTIVATION(NAME, SUFFIX, T, FUNCTION, GATED)                                               \
   extern "C" __global__ void __launch_bounds__(layers::kThreads)                                   \
       NAME##_##SUFFIX(const T* x, T* y, int columns) {                                             \
@@ -97,6 +145,7 @@ __device__ __forceinline__ void activate(const T* x, T* y, int columns) {
   }
 #define LAYERS_ALL(SUFFIX, T)                                  \
   ROTARY_EMBEDDING(SUFFIX, T)                                  \
+  ROTARY_AND_CACHE(SUFFIX, T)                                  \
   ACTIVATION(silu_and_mul, SUFFIX, T, Silu, true)              \
   ACTIVATION(gelu_and_mul, SUFFIX, T, Gelu, true)              \
   ACTIVATION(gelu_tanh_and_mul, SUFFIX, T, GeluTanh, true)     \

@@ -127,6 +127,127 @@ def test_slots_outside_of_the_cache_are_skipped() -> None:
     assert not cache.any()
 
 
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float16])
+def test_keys_are_rotated_on_their_way_into_the_cache(
+    cache_dtype: torch.dtype, is_neox: bool
+) -> None:
+    """What the two operators do one after the other, of the tokens that have a slot."""
+    heads, kv_heads, size, rotary = 4, 2, 16, 8
+    positions, slots = torch.tensor([0, 7, 3, 9]), torch.tensor([6, -1, 2])
+    cos_sin = random(10, rotary, seed=1)
+    qkv = random(4, (heads + 2 * kv_heads) * size)
+    before, sizes = qkv.clone(), [heads * size, kv_heads * size, kv_heads * size]
+    query, key, value = (x.unflatten(1, (-1, size)) for x in qkv.split(sizes, dim=1))
+    cache = torch.zeros(2, 2, 4, kv_heads, size, dtype=cache_dtype)
+    vllm_k80.rotary_and_cache(positions, query, key, value, cos_sin, is_neox, cache, slots)
+
+    old_query, old_key, old_value = before.split(sizes, dim=1)
+    assert torch.equal(query[3].flatten(), old_query[3])  # it pads the batch
+    rotated = old_query[:3].clone(), old_key[:3].clone()
+    vllm_k80.rotary_embedding(positions[:3], *rotated, size, cos_sin, is_neox)
+    assert torch.equal(query[:3].flatten(1), rotated[0])
+    assert torch.equal(value.flatten(1), old_value)
+    expected = torch.zeros(2, 8, kv_heads * size, dtype=cache_dtype)
+    expected[0, [6, 2]] = rotated[1][[0, 2]].to(cache_dtype)
+    expected[1, [6, 2]] = old_value[[0, 2]].to(cache_dtype)
+    assert torch.equal(cache.view(2, 8, -1), expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"positions": torch.zeros(2)}, "positions must be contiguous torch.int64"),
+        ({"positions": torch.zeros(3, dtype=torch.int64)}, "3 positions, 2 queries and 2 keys"),
+        ({"query": torch.ones(2, 4, 16).half()}, "query is torch.float16, key torch.float32"),
+        ({"query": torch.ones(2, 4, 8)}, r"query has shape \(2, 4, 8\); .* 16\] fits"),
+        ({"value": torch.ones(2, 1, 16)}, "key is .* value .*"),
+        ({"cos_sin": torch.ones(4, 24)}, "has 24 columns; an even number up to .* 16"),
+        ({"slots": torch.zeros(3, dtype=torch.int64)}, "3 slots for 2 tokens"),
+    ],
+)
+def test_what_cannot_be_rotated_into_the_cache_is_named(
+    changed: dict[str, Any], message: str
+) -> None:
+    arguments = {
+        "positions": torch.zeros(2, dtype=torch.int64),
+        "query": torch.ones(2, 4, 16),
+        "key": torch.ones(2, 2, 16),
+        "value": torch.ones(2, 2, 16),
+        "cos_sin": torch.ones(4, 16),
+        "is_neox": True,
+        "cache": torch.ones(2, 3, 4, 2, 16),
+        "slots": torch.zeros(2, dtype=torch.int64),
+    } | changed
+    with pytest.raises(ValueError, match=f"rotary_and_cache: .*{message}"):
+        vllm_k80.rotary_and_cache(*arguments.values())
+
+
+class Kernel:
+    """A kernel that only keeps what it is launched with."""
+
+    def __init__(self, launches: list[Any]) -> None:
+        self.launches = launches
+
+    def launch(self, *arguments: Any) -> None:
+        self.launches.append(arguments)
+
+
+def test_layers_of_one_step_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are alike; what lies at an odd address is checked always."""
+    checks, launches = [], []
+    check = attention_reference.check_attention
+    monkeypatch.setattr(driver, "available", lambda: True)
+    monkeypatch.setattr(driver, "kernel", lambda name, signature, device: Kernel(launches))
+    monkeypatch.setattr(
+        attention_reference, "check_attention", lambda *a: checks.append(1) or check(*a)
+    )
+
+    def decode(lengths: Any, table: Any, query: Any, window: int = 0) -> tuple[Any, ...]:
+        cache, out = torch.ones(2, 3, 4, 2, 64), torch.empty(2, 4, 64)
+        attention_kernels.paged_attention(query, cache, out, lengths, table, 99, 0.5, window)
+        assert launches[-1][2:5] == (query.data_ptr(), cache.data_ptr(), out.data_ptr())
+        return launches[-1]
+
+    lengths, table = torch.ones(2, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int32)
+    query = torch.ones(2, 4, 64)
+    first = decode(lengths, table, query)
+    again = decode(lengths, table, query.clone())
+    assert len(checks) == 1
+    assert first[:2] == again[:2]
+    assert first[6:] == again[6:]
+    windowed = decode(lengths, table, query, window=5)
+    assert len(checks) == 2
+    assert windowed != first
+    decode(lengths, table, query)
+    assert len(checks) == 2
+    decode(lengths.clone(), table, query)  # another step
+    decode(lengths, table, query)
+    assert len(checks) == 4
+    with pytest.raises(ValueError, match="query begins at"):
+        decode(lengths, table, torch.ones(2 * 4 * 64 + 1)[1:].view(2, 4, 64))
+
+
+def test_a_step_rotates_with_its_own_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's arguments in their order, also where they were found before."""
+    launches: list[Any] = []
+    monkeypatch.setattr(driver, "available", lambda: True)
+    monkeypatch.setattr(driver, "kernel", lambda name, signature, device: Kernel(launches))
+    cos_sin, cache = torch.ones(16, 8), torch.zeros(2, 3, 4, 2, 16)
+    for _ in range(2):
+        positions, slots = torch.tensor([3, 4]), torch.tensor([5, 6])
+        for _ in range(2):
+            query, both = torch.ones(2, 4, 16), torch.ones(2, 2, 2, 16)
+            key, value = both[:, 0], both[:, 1]
+            attention_kernels.rotary_and_cache(
+                positions, query, key, value, cos_sin, True, cache, slots
+            )
+            tensors_of = positions, query, key, value, cos_sin, cache, slots
+            sizes = 4, 2, 16, 8, 64, 64, 64, 16, 12, True
+            addresses = (x.data_ptr() for x in tensors_of)
+            assert launches[-1] == ((2, 1), 256, *addresses, *sizes)
+
+
 def test_a_block_of_decode_is_one_of_about_as_many_as_fill_a_die() -> None:
     assert attention_kernels.splits(8, 2048) == 8
     assert attention_kernels.splits(64, 2048) == 1
@@ -243,7 +364,11 @@ def test_the_fat_binary_holds_every_kernel_that_is_launched() -> None:
         pytest.skip("no fat binary or no cuobjdump here: csrc/build.sh vllm_k80/kernels")
     command = ["cuobjdump", "-res-usage", str(driver.FAT_BINARY)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    names = {f"reshape_and_cache_{kind}" for kind in ("f16", "f32")}
+    names = {
+        f"{name}_{kind}"
+        for name in ("reshape_and_cache", "rotary_and_cache")
+        for kind in ("f16", "f32")
+    }
     for kind, size in itertools.product(("f16", "f32"), (64, 128, 256)):
         names |= {f"varlen_attention_{kind}_d{size}"}
         names |= {

@@ -87,6 +87,65 @@ def test_f16() -> None:
     assert vllm_k80.gemv_f16(x[:0], weight).shape == (0, 19)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 32, 40])
+def test_a_gated_product_is_activated(tokens: int, dtype: torch.dtype) -> None:
+    """The first half of the rows is the gate's, the bias goes in before, FP16 is rounded once."""
+    x, bias = draw(tokens, 256).to(dtype), draw(12, seed=3)
+    (qweight, scale, minimum, zero), weight4 = w4(12, 256, 64, torch.float16, True)
+    q8, scale8 = integers(-128, 128, 12, 256).to(torch.int8), 0.01 * draw(12, 2).abs().half()
+    half = 0.1 * draw(12, 256, seed=4).half()
+    products = {
+        "w4": (weight4, (qweight, 0.1 * scale, minimum, bias, zero)),
+        "w8": (q8.double() * scale8.double().repeat_interleave(128, dim=1), (q8, scale8, bias)),
+        "f16": (half.double(), (half, bias)),
+    }
+    for kind, (weight, arguments) in products.items():
+        exact = x.double() @ (weight * (0.1 if kind == "w4" else 1)).t() + bias.double()
+        gate, up = exact.chunk(2, dim=-1)
+        expected = gate / (1 + torch.exp(-gate)) * up
+        operators = ["linear" if kind == "f16" else f"linear_{kind}"]
+        operators += [f"gemv_{kind}"] * (tokens <= 32)
+        for name in operators:
+            y = getattr(vllm_k80, name)(x, *arguments, gated=True)
+            assert y.dtype == dtype
+            limit = (1e-3 if kind == "w4" else 1e-5) if dtype == torch.float32 else 1e-3
+            limit *= float(expected.abs().max())
+            torch.testing.assert_close(y.double(), expected, atol=limit, rtol=0)
+
+
+def test_a_gated_product_needs_as_many_rows_of_gate_and_factor() -> None:
+    with pytest.raises(ValueError, match="gemv_f16: the weight has 3 rows; gated takes as many"):
+        vllm_k80.gemv_f16(torch.ones(1, 8), torch.ones(3, 8).half(), None, True)
+
+
+def test_gated_and_not_are_different_kernels_of_one_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launches = []
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def launch(self, grid: Any, block: int, *arguments: Any) -> None:
+            launches.append((self.name, grid))
+
+    monkeypatch.setattr(driver, "available", lambda: True)
+    monkeypatch.setattr(driver, "kernel", lambda name, signature, device: Kernel(name))
+    monkeypatch.setattr(kernels._Product, "_KNOWN", {})
+    weight = torch.zeros(96, 64, dtype=torch.uint8), torch.ones(96, 4), torch.ones(96, 4)
+    for tokens, gated in ((1, False), (1, True), (1, False), (8, True)):
+        y = kernels.linear_w4(torch.ones(tokens, 128), *weight, gated=gated)
+        assert y.shape == (tokens, 48 if gated else 96)
+    assert launches == [
+        ("gemv_w4_f32_m1", 3),
+        ("gated_gemv_w4_f32_m1", 3),  # of 16 results and the 32 rows that they need
+        ("gemv_w4_f32_m1", 3),
+        ("gated_gemv_w4_f32_m8", (1, 2)),
+    ]
+
+
 def test_a_word_holds_eight_neighbours_in_order() -> None:
     """What the kernel relies on when it masks nibble i of a little-endian word."""
     q = integers(0, 16, 3, 64)
@@ -175,6 +234,7 @@ def test_a_weight_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "kernel", lambda name, signature, device: Kernel())
     monkeypatch.setattr(reference, "check_gemv_w4", lambda *a: checks.append(a) or check(*a))
     monkeypatch.setattr(kernels._Product, "_KNOWN", {})
+    monkeypatch.setattr(kernels._Product, "_SEEN", {})
     weight = torch.zeros(64, 64, dtype=torch.uint8), torch.ones(64, 4), torch.ones(64, 4)
     for _ in range(3):
         y = kernels.linear_w4(torch.ones(1, 128), *[part.detach() for part in weight])
@@ -183,6 +243,36 @@ def test_a_weight_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     y = kernels.linear_w4(torch.ones(1, 256), *[part.view(32, -1) for part in weight])
     assert y.shape == (1, 32)
     assert (len(checks), len(launches)) == (2, 4)
+
+
+def test_objects_that_live_are_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are forgotten with their lives, so that no other object passes for them."""
+
+    class Kernel:
+        def launch(self, *arguments: Any) -> None:
+            pass
+
+    asked = []
+    identify = kernels._Product._identify
+    monkeypatch.setattr(driver, "available", lambda: True)
+    monkeypatch.setattr(driver, "kernel", lambda name, signature, device: Kernel())
+    monkeypatch.setattr(kernels._Product, "_KNOWN", {})
+    monkeypatch.setattr(kernels._Product, "_SEEN", {})
+    monkeypatch.setattr(
+        kernels._Product,
+        "_identify",
+        staticmethod(lambda parts: asked.append(1) or identify(parts)),
+    )
+    weight = torch.zeros(4, 64).half()
+    for _ in range(2):
+        kernels.linear(torch.ones(1, 64), weight)
+    before = len(asked)
+    for _ in range(3):
+        assert kernels.linear(torch.ones(1, 64), weight).shape == (1, 4)
+    assert len(asked) == before
+    assert len(kernels._Product._SEEN) == 1
+    del weight
+    assert not kernels._Product._SEEN
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +287,8 @@ def resources() -> dict[str, str]:
 
 def test_the_fat_binary_holds_every_kernel_and_none_spills(resources: dict[str, str]) -> None:
     names = {
-        f"gemv_{kind}_m{tokens}"
+        f"{gated}gemv_{kind}_m{tokens}"
+        for gated in ("", "gated_")
         for kind in ("w4_f16", "w4_f32", "w4_z16", "w4_z32", "w8_f16", "w8_f32", "f16")
         for tokens in (1, 2, 4, 8)
     } | {f"dequant_{kind}" for kind in ("w4_f16", "w4_f32", "w4_z16", "w4_z32", "w8_f16", "w8_f32")}

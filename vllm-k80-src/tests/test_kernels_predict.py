@@ -254,6 +254,15 @@ def test_the_int4_kernel_is_not_predicted_slower_than_before(kernels) -> None:
     is_not_slower(kernels, kernels_predict.gemv(kernels, "w4_f16", 512, 1024, 1))
 
 
+def test_the_activation_costs_a_product_little_of_the_launch_it_saves(kernels) -> None:
+    def predicted(gated: bool) -> float:
+        case = kernels_predict.gemv(kernels, "w4_f16", 512, 1024, 1, gated=gated)
+        used = kernels[case.kernel]
+        return float(smx.simulate(used.sass, case.kernel, case.launch).microseconds)
+
+    assert predicted(True) - predicted(False) < smx.SETTINGS["launch_us"] / 6
+
+
 def test_attention_is_not_predicted_slower_than_before(kernels) -> None:
     is_not_slower(kernels, kernels_predict.paged_attention(kernels, 32, 8, 512, 1))
     is_not_slower(kernels, kernels_predict.varlen_attention(kernels, 2, 2, 128))

@@ -1,5 +1,7 @@
 """The operators against independent formulations, in FP64 where it matters."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -137,3 +139,14 @@ def test_calls_are_counted() -> None:
     before = ops.CALLS["silu_and_mul"]
     vllm_k80.silu_and_mul(torch.ones(1, 2))
     assert ops.CALLS["silu_and_mul"] == before + 1
+
+
+def test_layers_reach_kernels_without_torchs_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tensors on a GPU; others go to the operator, and both are counted."""
+    on_gpu = SimpleNamespace(silu_and_mul=lambda x: "kernel")
+    monkeypatch.setattr(ops, "_KERNELS", (on_gpu,))
+    silu_and_mul, before = ops._straight("silu_and_mul"), ops.CALLS["silu_and_mul"]
+    assert silu_and_mul(SimpleNamespace(is_cuda=True)) == "kernel"
+    x = torch.ones(1, 4)
+    assert torch.equal(silu_and_mul(x), torch.ops.vllm_k80.silu_and_mul(x))
+    assert ops.CALLS["silu_and_mul"] == before + 3

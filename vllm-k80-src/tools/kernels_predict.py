@@ -104,9 +104,17 @@ def build(directory: Path) -> dict[str, Compiled]:
     return compiled(directory / "vllm_k80.fatbin") | compiled(naive)
 
 
-def gemv(kernels: dict[str, Compiled], kind: str, n: int, k: int, m: int, group: int = 128) -> Case:
+def gemv(
+    kernels: dict[str, Compiled],
+    kind: str,
+    n: int,
+    k: int,
+    m: int,
+    group: int = 128,
+    gated: bool = False,
+) -> Case:
     """A gemv of csrc/gemv.cu: ``kind`` is w4_f16, w8_f16 and so on, or f16."""
-    name = f"gemv_{kind}_m{m}"
+    name = f"{'gated_' if gated else ''}gemv_{kind}_m{m}"
     blocks = -(-n // (64 if m == 8 and kind != "f16" else 32))  # csrc/gemv.cu: rows a block
     bits = {"w4": 4, "w8": 8, "f1": 16}[kind[:2]]
     weight = n * k * bits // 8
@@ -201,11 +209,15 @@ def layer_kernels(
     row, sizes = half(hidden), [heads, kv_heads, HEAD_SIZE, HEAD_SIZE, width, keys, 1, 1]
     rotary = [place, half(width), half(keys), half(HEAD_SIZE), *sizes]
     cached = [half(keys), half(keys), half(32 * keys), place, keys, keys, keys, 16, 1]
+    tensors = [place, half(width), half(keys), half(keys), half(HEAD_SIZE), half(32 * keys), place]
+    strides = [heads, kv_heads, HEAD_SIZE, HEAD_SIZE, width, keys, keys]
+    into_cache, all_parts = [*tensors, *strides, 1, 16, 1], -(-(heads + 2 * kv_heads) // 8)
     norm = [row, row, row, row, row, hidden, eps]
     silu = [half(2 * inner), half(inner), inner]
     return [
         case("fused_add_rms_norm_f16", hidden, 3, (1, 1), norm),
         case("rotary_embedding_f16", width + keys, 2, (1, parts), rotary),
+        case("rotary_and_cache_f16", width + 2 * keys, 1, (1, all_parts), into_cache),
         case("reshape_and_cache_f16", 2 * keys, 1, (1, 2), cached),
         case("silu_and_mul_f16", inner, 2, (1, -(-inner // 256)), silu),
     ]
@@ -253,6 +265,8 @@ def cases(kernels: dict[str, Compiled], quick: bool) -> list[Case]:
     chosen += [gemv(kernels, kind, n, k, 1) for kind in ("w8_f16", "f16") for n, k in shapes[:3]]
     chosen.append(paged_attention(kernels, 32, 8, 2048, 1))
     if not quick:
+        for n, k in (SHAPES_7B[1], SHAPES_13B[1]):  # of gate and up, which are one weight
+            chosen.append(gemv(kernels, "w4_f16", 2 * n, k, 1, gated=True))
         for kv_heads, sequences in ((32, 1), (8, 8), (32, 8)):
             chosen.append(paged_attention(kernels, 32, kv_heads, 2048, sequences))
         chosen.append(paged_attention(kernels, 32, 4, 2048, 1))

@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.utils import (
     CommonAttentionMetadata,
 )
 
-from vllm_k80 import ops  # noqa: F401  (defines torch.ops.vllm_k80)
+from vllm_k80.ops import k80
 from vllm_k80.ops.attention_reference import MAX_HEAD_SIZE
 
 # Multiples of 8 keep an FP16 row aligned for 16-byte loads.
@@ -38,6 +38,7 @@ class K80AttentionMetadata:
     num_actual_tokens: int
     max_query_len: int
     max_seq_len: int
+    is_decode: bool  # one query for each sequence
 
 
 class K80MetadataBuilder(AttentionMetadataBuilder[K80AttentionMetadata]):
@@ -71,7 +72,24 @@ class K80MetadataBuilder(AttentionMetadataBuilder[K80AttentionMetadata]):
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
             max_seq_len=self.max_model_len,
+            is_decode=common.max_query_len == 1 and common.num_actual_tokens == common.num_reqs,
         )
+
+
+class Rotation:
+    """A layer's rotary embedding, put off until the keys are written to the cache.
+
+    `fusion.fuse` lets the layer call `remember` in its place; its attention comes right after.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.positions: Tensor | None = None
+
+    def remember(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Query and key as they are."""
+        self.positions = positions
+        return query, key
 
 
 class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
@@ -100,11 +118,14 @@ class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
                 f"--kv-cache-dtype {kv_cache_dtype}: on a K80 the KV cache has the dtype of the "
                 f"activations. Remove the flag."
             )
+        self.query_shape = (-1, num_heads, head_size)
+        self.key_shape = (-1, num_kv_heads or num_heads, head_size)
         self.scale = float(scale)
         self.window = sliding_window or 0
         self.soft_cap = logits_soft_cap or 0.0
         self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes)
         self.shares_cache = kv_sharing_target_layer_name is not None
+        self.rotation: Rotation | None = None
 
     def forward(
         self,
@@ -120,23 +141,40 @@ class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
         """Write the new keys and values, then attend.
 
         Args:
-            query: [tokens, heads, head_size]; key, value: [tokens, kv_heads, head_size].
+            query: [tokens, heads * head_size]; key, value: [tokens, kv_heads * head_size].
             kv_cache: [2, blocks, block_size, kv_heads, head_size].
             attn_metadata: None in vLLM's memory profiling run.
-            output: like query, written in place.
+            output: None, as the backend asks.
+
+        Returns:
+            [tokens, heads * head_size]. Rows that pad the batch hold anything: no row's result
+            depends on another's.
         """
-        assert output is not None
         if attn_metadata is None:
-            return output
-        if not self.shares_cache:
-            torch.ops.vllm_k80.reshape_and_cache(key, value, kv_cache, attn_metadata.slot_mapping)
+            return torch.zeros_like(query)
+        context = query.new_empty(query.shape)
+        output, query = context.view(self.query_shape), query.view(self.query_shape)
+        key, value = key.view(self.key_shape), value.view(self.key_shape)
+        if self.rotation is not None:
+            k80.rotary_and_cache(
+                self.rotation.positions,
+                query,
+                key,
+                value,
+                self.rotation.layer.cos_sin_cache,
+                self.rotation.layer.is_neox_style,
+                kv_cache,
+                attn_metadata.slot_mapping,
+            )
+        elif not self.shares_cache:
+            k80.reshape_and_cache(key, value, kv_cache, attn_metadata.slot_mapping)
         if self.alibi_slopes is not None and self.alibi_slopes.device != query.device:
             self.alibi_slopes = self.alibi_slopes.to(query.device)
-        query = query[: attn_metadata.num_actual_tokens]
+        if attn_metadata.num_actual_tokens != query.shape[0]:
+            query = query[: attn_metadata.num_actual_tokens]
         options = (self.scale, self.window, self.soft_cap, self.alibi_slopes)
-        # One query for each sequence: decode.
-        if attn_metadata.max_query_len == 1 and len(query) == len(attn_metadata.seq_lens):
-            torch.ops.vllm_k80.paged_attention(
+        if attn_metadata.is_decode:
+            k80.paged_attention(
                 query,
                 kv_cache,
                 output,
@@ -146,7 +184,7 @@ class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
                 *options,
             )
         else:
-            torch.ops.vllm_k80.varlen_attention(
+            k80.varlen_attention(
                 query,
                 kv_cache,
                 output,
@@ -156,13 +194,14 @@ class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
                 attn_metadata.max_query_len,
                 *options,
             )
-        return output
+        return context
 
 
 class K80AttentionBackend(AttentionBackend):
     """What vLLM's model runner asks of an attention backend."""
 
-    accept_output_buffer = True
+    # vLLM would fill the buffer with zeros: a launch a layer, of what is overwritten.
+    accept_output_buffer = False
 
     @staticmethod
     def get_name() -> str:

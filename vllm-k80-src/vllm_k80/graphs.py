@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 
-from vllm_k80.ops import driver
+from vllm_k80.ops import driver, k80
 
 logger = init_logger("vllm.k80.graphs")
 
@@ -100,16 +100,17 @@ class _Step:
         self.seq_lens.copy_(torch.tensor([40, 57]))
 
     def run(self) -> Tensor:
-        """[2, _SIZE] FP32."""
-        k80, size, longest = torch.ops.vllm_k80, self._SIZE, self._TABLE * self._BLOCK
+        """[2, _SIZE / 2] FP32."""
+        size, longest = self._SIZE, self._TABLE * self._BLOCK
         query = k80.linear_w4(k80.rms_norm(self.x, self.norm, 1e-5), *self.weight)
         positions = self.seq_lens.long() - 1
-        k80.rotary_embedding(positions, query, None, size, self.cos_sin_cache, True)
         query = query.view(2, 1, size)
-        first = self.block_table[:, 0] * self._BLOCK
-        k80.reshape_and_cache(query, query, self.kv_cache, first + positions)
+        slots = self.block_table[:, 0] * self._BLOCK + positions
+        key, value = self.x.view(query.shape).clone(), query.clone()
+        cache = self.cos_sin_cache, True, self.kv_cache, slots
+        k80.rotary_and_cache(positions, query, key, value, *cache)
         out = torch.empty_like(query)
         lengths = (self.seq_lens, self.block_table, longest)
         k80.paged_attention(query, self.kv_cache, out, *lengths, size**-0.5)
         y, _ = k80.fused_add_rms_norm(out.view(2, size), self.x, self.norm, 1e-5)
-        return k80.silu_and_mul(torch.cat((y, self.x), dim=-1))
+        return k80.linear_w4(y, *self.weight, None, None, True)

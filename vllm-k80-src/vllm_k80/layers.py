@@ -21,7 +21,7 @@ from vllm.model_executor.layers.rotary_embedding import (
     YaRNScalingRotaryEmbedding,
 )
 
-from vllm_k80 import ops  # noqa: F401  (defines torch.ops.vllm_k80)
+from vllm_k80.ops import k80
 
 
 @CustomOp.register_oot(name="RMSNorm")
@@ -34,10 +34,8 @@ class K80RMSNorm(RMSNorm):
         if self.variance_size_override is not None or not self.has_weight:
             return self.forward_native(x, residual)
         if residual is None:
-            return torch.ops.vllm_k80.rms_norm(x, self.weight, self.variance_epsilon)
-        return torch.ops.vllm_k80.fused_add_rms_norm(
-            x, residual, self.weight, self.variance_epsilon
-        )
+            return k80.rms_norm(x, self.weight, self.variance_epsilon)
+        return k80.fused_add_rms_norm(x, residual, self.weight, self.variance_epsilon)
 
 
 @CustomOp.register_oot(name="SiluAndMul")
@@ -45,7 +43,7 @@ class K80SiluAndMul(SiluAndMul):
     """The activation of Llama's feed-forward layers."""
 
     def forward_oot(self, x: Tensor) -> Tensor:
-        return torch.ops.vllm_k80.silu_and_mul(x)
+        return k80.silu_and_mul(x)
 
 
 @CustomOp.register_oot(name="GeluAndMul")
@@ -53,7 +51,7 @@ class K80GeluAndMul(GeluAndMul):
     """The activation of Gemma's feed-forward layers, exact or by tanh."""
 
     def forward_oot(self, x: Tensor) -> Tensor:
-        return torch.ops.vllm_k80.gelu_and_mul(x, self.approximate)
+        return k80.gelu_and_mul(x, self.approximate)
 
 
 @CustomOp.register_oot(name="NewGELU")
@@ -61,7 +59,7 @@ class K80NewGELU(NewGELU):
     """The activation of GPT-2's feed-forward layers."""
 
     def forward_oot(self, x: Tensor) -> Tensor:
-        return torch.ops.vllm_k80.gelu_new(x)
+        return k80.gelu_new(x)
 
 
 @CustomOp.register_oot(name="FastGELU")
@@ -69,7 +67,7 @@ class K80FastGELU(FastGELU):
     """`K80NewGELU` under another name."""
 
     def forward_oot(self, x: Tensor) -> Tensor:
-        return torch.ops.vllm_k80.gelu_fast(x)
+        return k80.gelu_fast(x)
 
 
 @CustomOp.register_oot(name="QuickGELU")
@@ -77,10 +75,10 @@ class K80QuickGELU(QuickGELU):
     """The activation of CLIP's feed-forward layers."""
 
     def forward_oot(self, x: Tensor) -> Tensor:
-        return torch.ops.vllm_k80.gelu_quick(x)
+        return k80.gelu_quick(x)
 
 
-class _Rotary:
+class Rotary:
     """Rotary embedding in place, as upstream's own kernel does it."""
 
     head_size: int
@@ -97,7 +95,7 @@ class _Rotary:
         if offsets is not None:
             positions = positions + offsets
         tokens = positions.numel()
-        torch.ops.vllm_k80.rotary_embedding(
+        k80.rotary_embedding(
             positions.flatten(),
             query.view(tokens, query.numel() // max(1, tokens)),
             None if key is None else key.view(tokens, key.numel() // max(1, tokens)),
@@ -121,12 +119,12 @@ for _layer in (
     YaRNScalingRotaryEmbedding,
 ):
     CustomOp.register_oot(name=_layer.__name__)(
-        type(f"K80{_layer.__name__}", (_Rotary, _layer), {"__doc__": _Rotary.__doc__})
+        type(f"K80{_layer.__name__}", (Rotary, _layer), {"__doc__": Rotary.__doc__})
     )
 
 
 def unquantized_gemm(
     layer: torch.nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """What vLLM's unquantized linear layers call; see the operator `linear`."""
-    return torch.ops.vllm_k80.linear(x, weight, bias)
+    """What vLLM's unquantized linear layers call; see the operator `linear`, and `fusion.fuse`."""
+    return k80.linear(x, weight, bias, getattr(layer, "gated", False))

@@ -33,8 +33,8 @@ _LANES = 192  # of FP32 in a multiprocessor
 _OLDER_HOST = 2.0
 # cuBLAS' SGEMV on a real die (the vllm37 project, CUDA 11.4): rows, columns, microseconds.
 _SGEMV_US = ((4096, 4096, 597.5), (11008, 4096, 1242.9), (4096, 11008, 1510.7))
-# Of vLLM itself, seen in the engine's profile on a GPU (benchmarks/results, 404 operations in a
-# step of 32 layers): a copy in each layer, and these of head, sampler and inputs.
+# Of vLLM itself, seen in the engine's profile on a GPU (benchmarks/results): those of head, sampler
+# and inputs.
 _STEP_LAUNCHES = 20
 
 _DTYPES = {"half": ("f16", 2), "float": ("f32", 4)}
@@ -383,9 +383,7 @@ def decode(model: Model, batch: int, context: int) -> dict[str, float]:
     small = [
         *[("fused_add_rms_norm_f16", model.hidden)] * 2,
         *[("fused_add_rms_norm_f16", width)] * (model.norms - 2),
-        ("rotary_embedding_f16", width + keys),
-        *[("reshape_and_cache_f16", 2 * keys)] * 2,  # and vLLM's copy
-        ("silu_and_mul_f16", model.inner),
+        ("rotary_and_cache_f16", width + 2 * keys),
     ]
     # Further tokens are other blocks, which run beside the first token's: they cost memory only,
     # up to four numbers read or written for each of the result.

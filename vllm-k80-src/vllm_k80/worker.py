@@ -12,7 +12,7 @@ from vllm.model_executor.utils import set_random_seed
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
 
-from vllm_k80 import device, graphs
+from vllm_k80 import device, fusion, graphs
 from vllm_k80.platform import K80Platform, cpu_kv_cache_limit
 
 logger = init_logger("vllm.k80.worker")
@@ -29,6 +29,10 @@ class K80Worker(Worker):
             return
         if reason := graphs.probe(self.device):
             graphs.turn_off(self.vllm_config, reason)
+
+    def load_model(self) -> None:
+        super().load_model()
+        fusion.fuse(self.model_runner.get_model())
 
 
 class ReferenceModelRunner(GPUModelRunner):
@@ -66,6 +70,7 @@ class ReferenceWorker(Worker):
 
     def load_model(self) -> None:
         self.model_runner.load_model()
+        fusion.fuse(self.model_runner.get_model())
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache: what a die would have, within what the host may spend."""

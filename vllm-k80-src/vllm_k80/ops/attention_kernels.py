@@ -5,18 +5,21 @@ host, and falls back to it only where the installation carries no compiled kerne
 """
 
 import functools
+import operator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vllm_k80.ops import attention_reference as reference
-from vllm_k80.ops import driver
+from vllm_k80.ops import driver, kernels
 
 _SUFFIX = {torch.float32: "f32", torch.float16: "f16"}
 _HALF_QUERY, _HALF_OUT = 1, 2
 
 # csrc/attention.cu.
 _CACHE_THREADS, _DECODE_THREADS, _PREFILL_THREADS = 256, 128, 64
+_CACHE_WARPS = _CACHE_THREADS // 32
 _SPLIT_KEYS = 32
 # Blocks of decode that fill a die: five for each of its 13 multiprocessors. More splits than that
 # cost more in beginnings and ends than they gain, fewer do not keep the memory busy.
@@ -26,6 +29,43 @@ _BLOCKS = 5 * 13
 _LONG_SPLIT = 8192
 _MAX_SPLITS = 64
 _COUNTERS = 16384  # of csrc/attention.cu: one for each block of a split
+
+
+class _Step:
+    """What was found, and checked, of tensors that all layers of a step share.
+
+    Checking them and laying out a launch took longer than launching it, and only its first
+    arguments differ from layer to layer. What all layers share is known by its objects, which are
+    kept as long as they are the last.
+    """
+
+    def __init__(self) -> None:
+        self._shared: tuple[Tensor, ...] = ()
+        self._found: dict[Any, Any] = {}
+
+    def found(self, shared: tuple[Tensor, ...], layer: tuple[Any, ...]) -> Any:
+        """What was found of a layer like this one in this step, None if there was none."""
+        if len(shared) == len(self._shared) and all(map(operator.is_, shared, self._shared)):
+            return self._found.get(layer)
+        self._shared, self._found = shared, {}
+        return None
+
+    def keep(self, layer: tuple[Any, ...], found: Any) -> None:
+        """``found`` is what comes of such a layer in this step."""
+        self._found[layer] = found
+
+
+_DECODE, _CACHE = _Step(), _Step()
+
+
+def _layout(x: Tensor) -> tuple[Any, ...]:
+    """All that a kernel's checks ask of a tensor but its address."""
+    return x.shape, x.stride(), x.dtype, x.device
+
+
+def _aligned(addresses: tuple[int, ...]) -> bool:
+    """Whether they need no further check; less may do."""
+    return not any(address % 16 for address in addresses)
 
 
 @functools.cache
@@ -57,7 +97,9 @@ def reshape_and_cache(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping
     if not driver.available():
         reference.reshape_and_cache(key, value, kv_cache, slot_mapping)
         return
-    key_stride, value_stride = reference.check_reshape(key, value, kv_cache, slot_mapping)
+    key_stride, value_stride = reference.check_reshape(
+        "reshape_and_cache", key, value, kv_cache, slot_mapping
+    )
     _, blocks, block_size, kv_heads, head_size = kv_cache.shape
     if tokens := slot_mapping.shape[0]:
         name = f"reshape_and_cache_{_SUFFIX[kv_cache.dtype]}"
@@ -74,6 +116,57 @@ def reshape_and_cache(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping
             blocks * block_size,
             key.dtype == torch.float16,
         )
+
+
+def rotary_and_cache(
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos_sin_cache: Tensor,
+    is_neox: bool,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+) -> None:
+    """See `attention_reference.rotary_and_cache`; kernels ``rotary_and_cache_f32``, ``_f16``.
+
+    Where not all tensors have the dtype of one, two launches.
+    """
+    tensors = positions, query, key, value, cos_sin_cache
+    if not driver.available():
+        reference.rotary_and_cache(*tensors, is_neox, kv_cache, slot_mapping)
+        return
+    addresses = query.data_ptr(), key.data_ptr(), value.data_ptr(), kv_cache.data_ptr()
+    layer = _layout(query), _layout(key), _layout(value), _layout(kv_cache), is_neox
+    launch = _CACHE.found((positions, slot_mapping, cos_sin_cache), layer)
+    if launch is None or not _aligned(addresses):
+        strides = reference.check_rotary_and_cache(*tensors, kv_cache, slot_mapping)
+        _, blocks, block_size, kv_heads, head_size = kv_cache.shape
+        tokens, heads, dtype = slot_mapping.shape[0], query.shape[1], query.dtype
+        if cos_sin_cache.dtype != dtype or kv_cache.dtype != dtype:
+            kernels.rotary_embedding(
+                positions[:tokens],
+                query[:tokens].flatten(1),
+                key[:tokens].flatten(1),
+                head_size,
+                cos_sin_cache,
+                is_neox,
+            )
+            reshape_and_cache(key, value, kv_cache, slot_mapping)
+            return
+        if not tokens:
+            return
+        name = f"rotary_and_cache_{_SUFFIX[dtype]}"
+        kernel = driver.kernel(name, "pppppppiiiiiiiiii", kv_cache.device.index)
+        cached, rotary = cos_sin_cache.shape
+        cache = kv_heads, head_size, rotary, *strides, cached, blocks * block_size, is_neox
+        grid = tokens, -(-(heads + 2 * kv_heads) // _CACHE_WARPS)
+        shared = positions.data_ptr(), cos_sin_cache.data_ptr(), slot_mapping.data_ptr()
+        launch = kernel, grid, shared, (heads, *cache)
+        _CACHE.keep(layer, launch)
+    kernel, grid, (place, rotations, slots), sizes = launch
+    *rows, cached_rows = addresses
+    kernel.launch(grid, _CACHE_THREADS, place, *rows, rotations, cached_rows, slots, *sizes)
 
 
 def _batch(
@@ -136,36 +229,36 @@ def paged_attention(
             query, kv_cache, out, seq_lens, block_table, max_seq_len, scale, *options
         )
         return
-    _, _, kv_heads, head_size, stride = reference.check_attention(
-        "paged_attention", query, kv_cache, out, seq_lens, block_table, *options
-    )
-    reference.check_paged("paged_attention", query, seq_lens)
-    sequences, heads = query.shape[:2]
-    if not sequences:
-        return
-    group = heads // kv_heads
-    tile = tile_of_heads(group)
-    tiles = kv_heads * -(-group // tile)
-    seen = min(max_seq_len, window) if window else max_seq_len
-    # As many splits as in a batch padded to a power of two, as graphs pad it: the same result.
-    padded = 1 << (sequences - 1).bit_length()
-    parts = splits(padded * tiles, seen)
-    device = query.device
+    addresses = query.data_ptr(), kv_cache.data_ptr(), out.data_ptr()
+    layer = (_layout(query), _layout(kv_cache), _layout(out), max_seq_len, scale, *options)
+    launch = _DECODE.found((seq_lens, block_table), layer)
+    if launch is None or not _aligned(addresses):
+        _, _, kv_heads, head_size, stride = reference.check_attention(
+            "paged_attention", query, kv_cache, out, seq_lens, block_table, *options
+        )
+        reference.check_paged("paged_attention", query, seq_lens)
+        sequences, heads = query.shape[:2]
+        if not sequences:
+            return
+        group = heads // kv_heads
+        tile = tile_of_heads(group)
+        tiles = kv_heads * -(-group // tile)
+        seen = min(max_seq_len, window) if window else max_seq_len
+        # As many splits as in a batch padded to a power of two, as graphs pad it: the same result.
+        padded = 1 << (sequences - 1).bit_length()
+        parts = splits(padded * tiles, seen)
+        name = f"paged_attention_{_SUFFIX[kv_cache.dtype]}_d{_size(head_size)}_h{tile}"
+        kernel = driver.kernel(name, f"pppp{_BATCH}i", query.device.index)
+        sizes = _batch(query, kv_cache, out, seq_lens, block_table, stride, scale, *options)
+        partial_shape = (sequences, heads, parts, head_size + 4) if parts > 1 else None
+        launch = kernel, (tiles, parts, sequences), partial_shape, (*sizes, parts)
+        _DECODE.keep(layer, launch)
+    kernel, grid, partial_shape, sizes = launch
     partial = None
-    if parts > 1:
-        shape = sequences, heads, parts, head_size + 4
-        partial = torch.empty(shape, dtype=torch.float32, device=device)
-    name = f"paged_attention_{_SUFFIX[kv_cache.dtype]}_d{_size(head_size)}_h{tile}"
-    driver.kernel(name, f"pppp{_BATCH}i", device.index).launch(
-        (tiles, parts, sequences),
-        _DECODE_THREADS,
-        query.data_ptr(),
-        kv_cache.data_ptr(),
-        out.data_ptr(),
-        None if partial is None else partial.data_ptr(),
-        *_batch(query, kv_cache, out, seq_lens, block_table, stride, scale, *options),
-        parts,
-    )
+    if partial_shape is not None:
+        partial = query.new_empty(partial_shape, dtype=torch.float32)
+    splits_at = None if partial is None else partial.data_ptr()
+    kernel.launch(grid, _DECODE_THREADS, *addresses, splits_at, *sizes)
 
 
 def varlen_attention(

@@ -8,6 +8,8 @@ kernels runs, and what kernels are tested against.
 import torch
 from torch import Tensor
 
+from vllm_k80.ops.reference import check_rotation, rotary_embedding
+
 DTYPES = (torch.float32, torch.float16)
 MAX_HEAD_SIZE = 256
 
@@ -182,13 +184,14 @@ def check_paged(name: str, query: Tensor, seq_lens: Tensor) -> None:
         )
 
 
-def check_reshape(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> list[int]:
-    """Check what `reshape_and_cache` takes; returns the strides of key and value.
+def check_reshape(
+    name: str, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+) -> list[int]:
+    """Check what goes into the cache; returns the strides of key and value.
 
     Raises:
         ValueError: naming the argument, its value and what is supported.
     """
-    name = "reshape_and_cache"
     kv_heads = check_cache(name, kv_cache)[2]
     strides = [
         check_rows(name, "key", key, kv_cache),
@@ -228,13 +231,75 @@ def reshape_and_cache(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping
     Raises:
         ValueError: what no kernel takes, naming the argument, its value and what is supported.
     """
-    check_reshape(key, value, kv_cache, slot_mapping)
+    check_reshape("reshape_and_cache", key, value, kv_cache, slot_mapping)
     tokens = slot_mapping.shape[0]
     cache = kv_cache.view(2, -1, *kv_cache.shape[3:])
     kept = (slot_mapping >= 0) & (slot_mapping < cache.shape[1])
     slots = slot_mapping[kept]
     cache[0, slots] = key[:tokens][kept].to(kv_cache.dtype)
     cache[1, slots] = value[:tokens][kept].to(kv_cache.dtype)
+
+
+def check_rotary_and_cache(
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos_sin_cache: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+) -> list[int]:
+    """Check what `rotary_and_cache` takes; returns the strides of query, key and value.
+
+    Raises:
+        ValueError: naming the argument, its value and what is supported.
+    """
+    name = "rotary_and_cache"
+    strides = check_reshape(name, key, value, kv_cache, slot_mapping)
+    strides.insert(0, check_rows(name, "query", query, kv_cache))
+    check_rotation(name, positions, kv_cache.shape[4], cos_sin_cache)
+    if query.dtype != key.dtype or positions.device != kv_cache.device:
+        raise ValueError(
+            f"{name}: query is {query.dtype}, key {key.dtype}; positions are on "
+            f"{positions.device}, kv_cache on {kv_cache.device}: each pair must be the same"
+        )
+    if not positions.shape[0] == query.shape[0] == key.shape[0]:
+        raise ValueError(
+            f"{name}: {positions.shape[0]} positions, {query.shape[0]} queries and {key.shape[0]} "
+            f"keys; one of each for a token is supported"
+        )
+    return strides
+
+
+def rotary_and_cache(
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos_sin_cache: Tensor,
+    is_neox: bool,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+) -> None:
+    """`rotary_embedding` of query and key, and `reshape_and_cache` of the rotated key and value.
+
+    Args:
+        positions: [tokens] int64.
+        query: [tokens, heads, head_size], FP32 or FP16, rotated in place; tokens may be apart.
+        key, value: [tokens, kv_heads, head_size], likewise. What key holds afterwards is left open.
+        cos_sin_cache, is_neox: as in `rotary_embedding`.
+        kv_cache: as in `reshape_and_cache`, written in place.
+        slot_mapping: [<= tokens] int64, as in `reshape_and_cache`. Tokens that have none pad the
+            batch, and stay as they are.
+
+    Raises:
+        ValueError: what no kernel takes, naming the argument, its value and what is supported.
+    """
+    check_rotary_and_cache(positions, query, key, value, cos_sin_cache, kv_cache, slot_mapping)
+    tokens = slot_mapping.shape[0]
+    rotated = query[:tokens].flatten(1), key[:tokens].flatten(1)
+    rotary_embedding(positions[:tokens], *rotated, kv_cache.shape[4], cos_sin_cache, is_neox)
+    reshape_and_cache(key, value, kv_cache, slot_mapping)
 
 
 def paged_attention(

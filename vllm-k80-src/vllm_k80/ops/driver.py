@@ -95,7 +95,7 @@ class Kernel:
 
         ``grid`` is x, (x, y) or (x, y, z). A pointer that is None is null.
         """
-        width, height, depth = (*(grid if isinstance(grid, tuple) else (grid,)), 1, 1)[:3]
+        width, height, depth = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1)[:3]
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
         if None in arguments:
             arguments = tuple(0 if argument is None else argument for argument in arguments)

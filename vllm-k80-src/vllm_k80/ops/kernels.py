@@ -4,6 +4,7 @@ Each function has the contract of its namesake in `reference` and falls back to 
 installation carries no compiled kernels, or for a dtype that has none.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -185,31 +186,37 @@ class _Product:
     Checking a weight and naming its kernel took longer than launching it, at every layer of every
     step, so it is done once. What comes of it depends on nothing but the addresses, shapes, strides
     and dtypes of the weight's parts, so these are what it is found by. (The tensors cannot carry
-    it: torch 2.0 gives an operator written in Python new objects for them in every call.)
+    it: torch 2.0 gives an operator written in Python new objects for them in every call.) Objects
+    that were seen before, and live, are asked for their addresses only, since asking for all took
+    as long as the launch.
 
     Args:
         kernel: its name without the rows of x.
-        parts: of the weight and its bias, as the operator got them.
+        parts: of the weight and its bias, as the operator got them, and whether it is gated.
         arguments: the kernel's, up to x. rows, columns: of the weight.
         group_shift: log2 of the 128-bit units in a group; None if the kernel has no such argument.
     """
 
     _KNOWN: ClassVar[dict[tuple[Any, ...], "_Product"]] = {}
+    # By identities and addresses of the parts, with what forgets them when one of them is gone.
+    _SEEN: ClassVar[dict[tuple[int, ...], tuple["_Product", list[weakref.ref[Tensor]]]]] = {}
 
     def __init__(
         self,
         kernel: str,
-        parts: tuple[Tensor | None, ...],
+        parts: tuple[Tensor | bool | None, ...],
         arguments: tuple[Tensor, ...],
         bias: Tensor | None,
         rows: int,
         columns: int,
         group_shift: int | None,
     ) -> None:
-        self._kernel = kernel
+        gated = parts[-1] is True
+        self._kernel = f"gated_{kernel}" if gated else kernel
         self._pointers = tuple(part.data_ptr() for part in arguments)
         self._bias = 0 if bias is None else bias.data_ptr()
         self._rows, self._columns = rows, columns
+        self._outputs = rows // 2 if gated else rows
         self._group_shift = () if group_shift is None else (group_shift,)
         self._device = arguments[0].device
         self._flags = {
@@ -221,23 +228,40 @@ class _Product:
         self._KNOWN[self._identify(parts)] = self
 
     @staticmethod
-    def _identify(parts: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    def _identify(parts: tuple[Tensor | bool | None, ...]) -> tuple[Any, ...]:
         return tuple(
             [
-                None if part is None else (part.data_ptr(), part.shape, part.stride(), part.dtype)
+                (part.data_ptr(), part.shape, part.stride(), part.dtype)
+                if isinstance(part, Tensor)
+                else part
                 for part in parts
             ]
         )
 
     @classmethod
-    def known(cls, x: Tensor, parts: tuple[Tensor | None, ...]) -> "_Product | None":
+    def known(cls, x: Tensor, parts: tuple[Tensor | bool | None, ...]) -> "_Product | None":
         """What was made of these parts, if it is known and takes ``x``."""
-        product = cls._KNOWN.get(cls._identify(parts))
+        objects = (
+            *map(id, parts),
+            *[part.data_ptr() for part in parts if isinstance(part, Tensor)],
+        )
+        if (seen := cls._SEEN.get(objects)) is not None:
+            product = seen[0]
+        elif (known := cls._KNOWN.get(cls._identify(parts))) is not None:
+            product = known
+
+            def forget(_: object) -> None:
+                cls._SEEN.pop(objects, None)
+
+            tensors = (part for part in parts if isinstance(part, Tensor))
+            cls._SEEN[objects] = product, [weakref.ref(part, forget) for part in tensors]
+        else:
+            return None
+        shape = x.shape
         if (
-            product is None
-            or x.dtype not in _SUFFIX
-            or x.shape[-1] != product._columns
-            or x.numel() > reference.GEMV_ROWS * product._columns
+            x.dtype not in _SUFFIX
+            or shape[-1] != product._columns
+            or shape.numel() > reference.GEMV_ROWS * product._columns
             or x.device != product._device
         ):
             return None
@@ -246,19 +270,21 @@ class _Product:
     def _launch(self, tokens: int) -> tuple[driver.Kernel, int | tuple[int, int]]:
         """The kernel for so many rows of x, and its grid."""
         at_once = next((m for m in _GEMV_TOKENS if m >= tokens), 8)
-        wide = at_once == 8 and self._kernel != "gemv_f16"
+        wide = at_once == 8 and not self._kernel.endswith("gemv_f16")
         blocks = -(-self._rows // (_BLOCK_ROWS_M8 if wide else _BLOCK_ROWS))
         signature = "p" * (len(self._pointers) + 3) + "i" * (4 + len(self._group_shift))
         kernel = driver.kernel(f"{self._kernel}_m{at_once}", signature, self._device.index)
         return kernel, (-(-tokens // 8), blocks) if at_once == 8 else blocks
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``x @ weight.T + bias``."""
+        """``x @ weight.T + bias``, or `silu_and_mul` of it."""
         x = x.contiguous()
-        if x.data_ptr() % 16:  # a view into something else; the kernel loads 128 bits at a time
+        address, shape = x.data_ptr(), x.shape
+        if address % 16:  # a view into something else; the kernel loads 128 bits at a time
             x = x.clone()
-        y = x.new_empty((*x.shape[:-1], self._rows))
-        tokens = x.numel() // self._columns
+            address = x.data_ptr()
+        y = x.new_empty((*shape[:-1], self._outputs))
+        tokens = shape.numel() // self._columns
         if not tokens:
             return y
         if tokens not in self._launches:
@@ -268,7 +294,7 @@ class _Product:
             grid,
             _THREADS,
             *self._pointers,
-            x.data_ptr(),
+            address,
             self._bias,
             y.data_ptr(),
             self._rows,
@@ -295,44 +321,47 @@ def gemv_w4(
     minimum: Tensor | None,
     bias: Tensor | None = None,
     zero: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:
-    """See `reference.gemv_w4`; kernels ``gemv_w4_...``."""
-    parts = qweight, scale, minimum, zero, bias
+    """See `reference.gemv_w4`; kernels ``gemv_w4_...``, ``gated_gemv_w4_...``."""
+    parts = qweight, scale, minimum, zero, bias, gated
     product = _Product.known(x, parts)
     if product is None:
-        _, group = reference.check_gemv_w4(x, qweight, scale, minimum, bias, zero)
+        _, group = reference.check_gemv_w4(x, qweight, scale, minimum, bias, zero, gated)
         offset = minimum if zero is None else zero
         if offset is None or not _has_product(qweight):
-            return reference.linear_w4(x, qweight, scale, minimum, bias, zero)
+            return reference.linear_w4(x, qweight, scale, minimum, bias, zero, gated)
         name, shift = f"gemv_w4_{_w4_name(scale, zero)}", (group // 32).bit_length() - 1
         weight, rows = (qweight, scale, offset), qweight.shape[0]
         product = _Product(name, parts, weight, bias, rows, x.shape[-1], shift)
     return product(x)
 
 
-def gemv_w8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `reference.gemv_w8`; kernels ``gemv_w8_...``."""
-    parts = qweight, scale, bias
+def gemv_w8(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None, gated: bool = False
+) -> Tensor:
+    """See `reference.gemv_w8`; kernels ``gemv_w8_...``, ``gated_gemv_w8_...``."""
+    parts = qweight, scale, bias, gated
     product = _Product.known(x, parts)
     if product is None:
-        _, group = reference.check_gemv_w8(x, qweight, scale, bias)
+        _, group = reference.check_gemv_w8(x, qweight, scale, bias, gated)
         if not _has_product(qweight):
-            return reference.linear_w8(x, qweight, scale, bias)
+            return reference.linear_w8(x, qweight, scale, bias, gated)
         shift = 30 if scale.shape[1] == 1 else (group // 16).bit_length() - 1
         name, rows = f"gemv_w8_f{8 * scale.element_size()}", qweight.shape[0]
         product = _Product(name, parts, (qweight, scale), bias, rows, x.shape[-1], shift)
     return product(x)
 
 
-def gemv_f16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `reference.gemv_f16`; kernels ``gemv_f16_...``."""
-    parts = weight, bias
+def gemv_f16(x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False) -> Tensor:
+    """See `reference.gemv_f16`; kernels ``gemv_f16_...``, ``gated_gemv_f16_...``."""
+    parts = weight, bias, gated
     product = _Product.known(x, parts)
     if product is None:
-        reference.check_gemv_f16(x, weight, bias)
+        reference.check_gemv_f16(x, weight, bias, gated)
         rows, columns = weight.shape
         if not columns or not _has_product(weight):
-            return reference.linear(x, weight, bias)
+            return reference.linear(x, weight, bias, gated)
         product = _Product("gemv_f16", parts, (weight,), bias, rows, columns, None)
     return product(x)
 
@@ -395,7 +424,11 @@ def _rows(x: Tensor) -> int:
 
 
 def _in_tiles(
-    x: Tensor, rows: int, bias: Tensor | None, dequantized: Callable[[slice], Tensor]
+    x: Tensor,
+    rows: int,
+    bias: Tensor | None,
+    gated: bool,
+    dequantized: Callable[[slice], Tensor],
 ) -> Tensor:
     """``x @ weight.T + bias`` by cuBLAS, with ``dequantized(rows)`` of the weight at a time.
 
@@ -405,7 +438,10 @@ def _in_tiles(
     def multiply(wide: Tensor, part: slice, out: Tensor) -> None:
         torch.mm(wide, dequantized(part).t(), out=out)
 
-    return reference.linear_in_tiles(x.contiguous(), rows, bias, multiply, _TILE_ELEMENTS)
+    activation = silu_and_mul if gated else None
+    return reference.linear_in_tiles(
+        x.contiguous(), rows, bias, multiply, activation, _TILE_ELEMENTS
+    )
 
 
 def linear_w4(
@@ -415,16 +451,17 @@ def linear_w4(
     minimum: Tensor | None,
     bias: Tensor | None = None,
     zero: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:
     """See `reference.linear_w4`: `gemv_w4` in decode, `dequant_w4` and cuBLAS in prefill."""
-    if product := _Product.known(x, (qweight, scale, minimum, zero, bias)):
+    if product := _Product.known(x, (qweight, scale, minimum, zero, bias, gated)):
         return product(x)
     columns = 2 * qweight.shape[1]
     if x.shape[-1] != columns or scale.dim() != 2 or not driver.available():
-        return reference.linear_w4(x, qweight, scale, minimum, bias, zero)
+        return reference.linear_w4(x, qweight, scale, minimum, bias, zero, gated)
     supported = columns // max(1, scale.shape[1]) in reference.GROUPS and x.dtype in _SUFFIX
     if _rows(x) <= reference.GEMV_ROWS and supported:
-        return gemv_w4(x, qweight, scale, minimum, bias, zero)
+        return gemv_w4(x, qweight, scale, minimum, bias, zero, gated)
 
     def dequantized(part: slice) -> Tensor:
         return dequant_w4(
@@ -434,31 +471,33 @@ def linear_w4(
             None if zero is None else zero[part],
         )
 
-    return _in_tiles(x, qweight.shape[0], bias, dequantized)
+    return _in_tiles(x, qweight.shape[0], bias, gated, dequantized)
 
 
-def linear_w8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_w8(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None, gated: bool = False
+) -> Tensor:
     """See `reference.linear_w8`: `gemv_w8` in decode, `dequant_w8` and cuBLAS in prefill."""
-    if product := _Product.known(x, (qweight, scale, bias)):
+    if product := _Product.known(x, (qweight, scale, bias, gated)):
         return product(x)
     rows, columns = qweight.shape
     if x.shape[-1] != columns or scale.dim() != 2 or not driver.available():
-        return reference.linear_w8(x, qweight, scale, bias)
+        return reference.linear_w8(x, qweight, scale, bias, gated)
     groups = max(1, scale.shape[1])
     supported = columns % 16 == 0 and (groups == 1 or columns // groups in reference.GROUPS)
     if _rows(x) <= reference.GEMV_ROWS and supported and x.dtype in _SUFFIX:
-        return gemv_w8(x, qweight, scale, bias)
-    return _in_tiles(x, rows, bias, lambda part: dequant_w8(qweight[part], scale[part]))
+        return gemv_w8(x, qweight, scale, bias, gated)
+    return _in_tiles(x, rows, bias, gated, lambda part: dequant_w8(qweight[part], scale[part]))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False) -> Tensor:
     """See `reference.linear`: with an FP16 weight `gemv_f16` in decode, tiles in prefill."""
-    if product := _Product.known(x, (weight, bias)):
+    if product := _Product.known(x, (weight, bias, gated)):
         return product(x)
     halves = weight.dim() == 2 and weight.dtype == torch.float16 and x.dtype in _SUFFIX
     if not halves or x.shape[-1] != weight.shape[-1] or not driver.available():
-        return reference.linear(x, weight, bias)
+        return reference.linear(x, weight, bias, gated)
     decode = _rows(x) <= reference.GEMV_ROWS and weight.shape[1] % 8 == 0
     if decode and weight.is_contiguous():
-        return gemv_f16(x, weight, bias)
-    return _in_tiles(x, weight.shape[0], bias, lambda part: weight[part].float())
+        return gemv_f16(x, weight, bias, gated)
+    return _in_tiles(x, weight.shape[0], bias, gated, lambda part: weight[part].float())

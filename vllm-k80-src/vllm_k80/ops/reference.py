@@ -33,11 +33,13 @@ def linear_in_tiles(
     rows: int,
     bias: Tensor | None,
     multiply: Callable[[Tensor, slice, Tensor], None],
+    activation: Callable[[Tensor], Tensor] | None = None,
     tile: int = _TILE_ELEMENTS,
 ) -> Tensor:
     """`linear` with a weight of ``rows`` rows that ``multiply(x, rows, out)`` takes in tiles.
 
-    ``tile`` is the number of a tile's elements, at most (but at least one row).
+    ``tile`` is the number of a tile's elements, at most (but at least one row). The result goes
+    through ``activation``, if there is one, before it is rounded.
     """
     columns = x.shape[-1]
     wide = x.float().view(-1, columns)
@@ -48,7 +50,9 @@ def linear_in_tiles(
         multiply(wide, part, y[:, part])
     if bias is not None:
         y += bias.float()
-    return y.view(*x.shape[:-1], rows).to(x.dtype)
+    if activation is not None:
+        y = activation(y)
+    return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -209,24 +213,7 @@ def check_rotary_embedding(
         ValueError: naming the argument, its value and what is supported.
     """
     name = "rotary_embedding"
-    if positions.dim() != 1 or positions.dtype != torch.int64 or not positions.is_contiguous():
-        raise ValueError(
-            f"{name}: positions must be contiguous torch.int64 of 1 dimension, they are "
-            f"{positions.dtype} of {positions.dim()} with strides {positions.stride()}"
-        )
-    if cos_sin_cache.dim() != 2 or not cos_sin_cache.is_contiguous():
-        raise ValueError(
-            f"{name}: cos_sin_cache must be contiguous of 2 dimensions, it has "
-            f"{cos_sin_cache.dim()} with strides {cos_sin_cache.stride()}"
-        )
-    cached, rotary = cos_sin_cache.shape
-    if not cached:
-        raise ValueError(f"{name}: cos_sin_cache has no rows; one a position is needed")
-    if rotary % 2 or rotary > head_size:
-        raise ValueError(
-            f"{name}: cos_sin_cache has {rotary} columns; an even number up to the head size, "
-            f"{head_size}, is supported"
-        )
+    check_rotation(name, positions, head_size, cos_sin_cache)
     tokens, heads, dtype, device = positions.shape[0], [], query.dtype, positions.device
     if dtype not in _DTYPES:
         raise ValueError(f"{name}: query is {dtype}; torch.float32 and torch.float16 are supported")
@@ -248,11 +235,37 @@ def check_rotary_embedding(
         if x.device != device:
             raise ValueError(f"{name}: {argument} is on {x.device}, positions on {device}")
         heads.append(shape[1] // head_size)
-    if cos_sin_cache.device != device:
-        raise ValueError(
-            f"{name}: cos_sin_cache is on {cos_sin_cache.device}, positions on {device}"
-        )
     return heads[0], heads[1]
+
+
+def check_rotation(name: str, positions: Tensor, head_size: int, cos_sin_cache: Tensor) -> None:
+    """Check positions and cache of a rotary embedding.
+
+    Raises:
+        ValueError: naming the argument, its value and what is supported.
+    """
+    if positions.dim() != 1 or positions.dtype != torch.int64 or not positions.is_contiguous():
+        raise ValueError(
+            f"{name}: positions must be contiguous torch.int64 of 1 dimension, they are "
+            f"{positions.dtype} of {positions.dim()} with strides {positions.stride()}"
+        )
+    if cos_sin_cache.dim() != 2 or not cos_sin_cache.is_contiguous():
+        raise ValueError(
+            f"{name}: cos_sin_cache must be contiguous of 2 dimensions, it has "
+            f"{cos_sin_cache.dim()} with strides {cos_sin_cache.stride()}"
+        )
+    cached, rotary = cos_sin_cache.shape
+    if not cached:
+        raise ValueError(f"{name}: cos_sin_cache has no rows; one a position is needed")
+    if rotary % 2 or rotary > head_size:
+        raise ValueError(
+            f"{name}: cos_sin_cache has {rotary} columns; an even number up to the head size, "
+            f"{head_size}, is supported"
+        )
+    if cos_sin_cache.device != positions.device:
+        raise ValueError(
+            f"{name}: cos_sin_cache is on {cos_sin_cache.device}, positions on {positions.device}"
+        )
 
 
 def rotary_embedding(
@@ -293,16 +306,18 @@ def rotary_embedding(
         b.copy_(second)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False) -> Tensor:
     """``x @ weight.T + bias`` in FP32.
 
     Args:
         x: [..., K], FP32 or FP16.
         weight: [N, K], FP32 or FP16.
         bias: [N] or None.
+        gated: whether the result is `silu_and_mul` of that: the first half of the weight's rows
+            are a gate's.
 
     Returns:
-        [..., N] in the dtype of ``x``.
+        [..., N], or [..., N / 2] if gated, in the dtype of ``x``.
 
     Raises:
         ValueError: K differs.
@@ -312,7 +327,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         f"linear: x has {x.shape[-1]} columns, weight has {weight.shape[-1]}",
     )
     wide_bias = None if bias is None else bias.float()
-    return functional.linear(x.float(), weight.float(), wide_bias).to(x.dtype)
+    y = functional.linear(x.float(), weight.float(), wide_bias)
+    return (silu_and_mul(y) if gated else y).to(x.dtype)
 
 
 def _groups(name: str, elements: int, scale: Tensor, rows: int) -> int:
@@ -375,6 +391,7 @@ def linear_w4(
     minimum: Tensor | None,
     bias: Tensor | None = None,
     zero: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:
     """`linear` with an INT4 weight.
 
@@ -385,10 +402,10 @@ def linear_w4(
         x: [..., K], FP32 or FP16.
         qweight: [N, K/2] uint8; byte j holds column 2j in its low and 2j+1 in its high half.
         scale, minimum, zero: [N, K/group], FP16 or FP32; group is even.
-        bias: [N] or None.
+        bias: [N] or None. gated: as in `linear`.
 
     Returns:
-        [..., N] in the dtype of ``x``.
+        [..., N], or [..., N / 2] if gated, in the dtype of ``x``.
 
     Raises:
         ValueError: the shapes do not fit, or not exactly one of minimum and zero is given.
@@ -410,7 +427,7 @@ def linear_w4(
         # Even and odd columns apart: the sum is the same and no nibble has to be moved.
         torch.addmm(wide[:, 0::2] @ even.t(), wide[:, 1::2], odd.t(), out=out)
 
-    return linear_in_tiles(x, rows, bias, multiply)
+    return linear_in_tiles(x, rows, bias, multiply, silu_and_mul if gated else None)
 
 
 def _dequantize_w8(qweight: Tensor, scale: Tensor) -> Tensor:
@@ -419,17 +436,19 @@ def _dequantize_w8(qweight: Tensor, scale: Tensor) -> Tensor:
     return grouped.mul_(scale.float().unsqueeze(-1)).view(rows, columns)
 
 
-def linear_w8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_w8(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None, gated: bool = False
+) -> Tensor:
     """`linear` with an INT8 weight, ``w[n, k] = q[n, k] * scale[n, g]``.
 
     Args:
         x: [..., K], FP32 or FP16.
         qweight: [N, K] int8.
         scale: [N, K/group], FP16 or FP32.
-        bias: [N] or None.
+        bias: [N] or None. gated: as in `linear`.
 
     Returns:
-        [..., N] in the dtype of ``x``.
+        [..., N], or [..., N / 2] if gated, in the dtype of ``x``.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -444,7 +463,7 @@ def linear_w8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = N
     def multiply(wide: Tensor, part: slice, out: Tensor) -> None:
         torch.mm(wide, _dequantize_w8(qweight[part], scale[part]).t(), out=out)
 
-    return linear_in_tiles(x, rows, bias, multiply)
+    return linear_in_tiles(x, rows, bias, multiply, silu_and_mul if gated else None)
 
 
 # In the checks below a message is made only when it is needed: they run at every layer of every
@@ -460,6 +479,7 @@ def check_gemv(
     weight: Tensor,
     scales: tuple[Tensor, ...],
     bias: Tensor | None,
+    gated: bool,
 ) -> int:
     """Check what the gemv operators take; returns the rows of ``x``.
 
@@ -498,6 +518,8 @@ def check_gemv(
         raise ValueError(f"{name}: scale is {scales[0].dtype}, its companion {scales[1].dtype}")
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"{name}: bias has shape {tuple(bias.shape)}, the weight {rows} rows")
+    if gated and rows % 2:
+        raise ValueError(f"{name}: the weight has {rows} rows; gated takes as many of the gate")
     return int(tokens)
 
 
@@ -508,13 +530,16 @@ def check_gemv_w4(
     minimum: Tensor | None,
     bias: Tensor | None,
     zero: Tensor | None,
+    gated: bool,
 ) -> tuple[int, int]:
     """`check_gemv` for `gemv_w4`; returns the rows of ``x`` and the group size."""
     group = check_w4("gemv_w4", qweight, scale, minimum, zero)
     offset = minimum if zero is None else zero
     assert offset is not None
     rows, packed = qweight.shape
-    return check_gemv("gemv_w4", x, rows, 2 * packed, group, qweight, (scale, offset), bias), group
+    scales = (scale, offset)
+    tokens = check_gemv("gemv_w4", x, rows, 2 * packed, group, qweight, scales, bias, gated)
+    return tokens, group
 
 
 def gemv_w4(
@@ -524,6 +549,7 @@ def gemv_w4(
     minimum: Tensor | None,
     bias: Tensor | None = None,
     zero: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:
     """`linear_w4` for up to 32 rows of x, in one kernel.
 
@@ -531,12 +557,12 @@ def gemv_w4(
         ValueError: more rows of x, a group size other than 32, 64 and 128, other dtypes than
             FP32 and FP16, parts that are not contiguous, shapes that do not fit.
     """
-    check_gemv_w4(x, qweight, scale, minimum, bias, zero)
-    return linear_w4(x, qweight, scale, minimum, bias, zero)
+    check_gemv_w4(x, qweight, scale, minimum, bias, zero, gated)
+    return linear_w4(x, qweight, scale, minimum, bias, zero, gated)
 
 
 def check_gemv_w8(
-    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, gated: bool
 ) -> tuple[int, int]:
     """`check_gemv` for `gemv_w8`; returns the rows of ``x`` and the group size."""
     if qweight.dim() != 2 or qweight.dtype != torch.int8:
@@ -549,21 +575,24 @@ def check_gemv_w8(
     if columns % 16:
         raise ValueError(f"gemv_w8: the weight has {columns} columns, no multiple of 16")
     limited = None if group == columns else group  # or one scale a row
-    return check_gemv("gemv_w8", x, rows, columns, limited, qweight, (scale,), bias), group
+    tokens = check_gemv("gemv_w8", x, rows, columns, limited, qweight, (scale,), bias, gated)
+    return tokens, group
 
 
-def gemv_w8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def gemv_w8(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None, gated: bool = False
+) -> Tensor:
     """`linear_w8` for up to 32 rows of x, in one kernel.
 
     Raises:
         ValueError: as `gemv_w4`; the group size may also be the whole row, of a multiple of 16
             columns.
     """
-    check_gemv_w8(x, qweight, scale, bias)
-    return linear_w8(x, qweight, scale, bias)
+    check_gemv_w8(x, qweight, scale, bias, gated)
+    return linear_w8(x, qweight, scale, bias, gated)
 
 
-def check_gemv_f16(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+def check_gemv_f16(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> int:
     """`check_gemv` for `gemv_f16`; returns the rows of ``x``."""
     if weight.dim() != 2 or weight.dtype != torch.float16:
         raise ValueError(
@@ -573,18 +602,18 @@ def check_gemv_f16(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
     rows, columns = weight.shape
     if columns % 8:
         raise ValueError(f"gemv_f16: the weight has {columns} columns, no multiple of 8")
-    return check_gemv("gemv_f16", x, rows, columns, None, weight, (), bias)
+    return check_gemv("gemv_f16", x, rows, columns, None, weight, (), bias, gated)
 
 
-def gemv_f16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def gemv_f16(x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False) -> Tensor:
     """`linear` with an FP16 weight for up to 32 rows of x, in one kernel.
 
     Raises:
         ValueError: more rows of x, other dtypes, a number of columns that is no multiple of 8,
             parts that are not contiguous, shapes that do not fit.
     """
-    check_gemv_f16(x, weight, bias)
-    return linear(x, weight, bias)
+    check_gemv_f16(x, weight, bias, gated)
+    return linear(x, weight, bias, gated)
 
 
 def dequant_w4(

@@ -8,6 +8,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers import linear, quantization
 from vllm.model_executor.layers.fused_moe.layer import FusedMoE
 
+from vllm_k80.ops import k80
 from vllm_k80.quantization import methods as served
 from vllm_k80.quantization.packed import PackedWeight
 
@@ -22,12 +23,17 @@ def attach(layer: torch.nn.Module, weights: list[PackedWeight]) -> None:
 
 
 def apply(layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` of a layer that `attach` has given its weights."""
+    """``x @ weight.T + bias`` of a layer that `attach` has given its weights.
+
+    If `fusion.fuse` has found that the layer is gated, `silu_and_mul` of that.
+    """
     weights: list[PackedWeight] = layer.packed_weights
+    gated = getattr(layer, "gated", False)
     if len(weights) == 1:
-        return weights[0].linear(x, bias)
+        return weights[0].linear(x, bias, gated)
     y = torch.cat([weight.linear(x) for weight in weights], dim=-1)
-    return y if bias is None else y + bias
+    y = y if bias is None else y + bias
+    return k80.silu_and_mul(y) if gated else y
 
 
 def group_index(columns: int, per_rank: int, group: int, shards: int) -> torch.nn.Parameter:

@@ -15,12 +15,13 @@ Columns may be stored in another order than the layer's input has, as GPTQ with 
 it to keep a group's columns together.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from vllm_k80 import ops  # noqa: F401  (defines torch.ops.vllm_k80)
+from vllm_k80.ops import k80
 from vllm_k80.ops.reference import GROUPS
 
 _INT8_COLUMNS = 16  # the INT8 kernels load as many columns at a time
@@ -44,23 +45,39 @@ class PackedWeight:
     zero: Tensor | None = None
     order: Tensor | None = None
 
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x @ weight.T + bias``: [..., K] to [..., N], in the dtype of ``x``."""
-        if self.order is not None:
-            x = x.index_select(-1, self.order)
-        if self.scale is None:
-            return torch.ops.vllm_k80.linear(x, self.qweight, bias)
-        if self.qweight.dtype == torch.int8:
-            if self.minimum is None:
-                return torch.ops.vllm_k80.linear_w8(x, self.qweight, self.scale, bias)
+    def linear(self, x: Tensor, bias: Tensor | None = None, gated: bool = False) -> Tensor:
+        """``x @ weight.T + bias``: [..., K] to [..., N], in the dtype of ``x``.
+
+        With ``gated`` `silu_and_mul` of that, [..., N / 2].
+        """
+        return self.product(bias, gated)(x)
+
+    def product(self, bias: Tensor | None, gated: bool) -> Callable[[Tensor], Tensor]:
+        """`linear` with this bias, all that does not depend on x decided."""
+        if self.order is None:
+            return self._product(bias, gated)
+        order, product = self.order, self._product(bias, gated)
+        return lambda x: product(x.index_select(-1, order))
+
+    def _product(self, bias: Tensor | None, gated: bool) -> Callable[[Tensor], Tensor]:
+        """`product` of x in the order of the columns."""
+        qweight, scale, minimum, zero = self.qweight, self.scale, self.minimum, self.zero
+        if scale is None:
+            return lambda x: k80.linear(x, qweight, bias, gated)
+        if qweight.dtype != torch.int8:
+            return lambda x: k80.linear_w4(x, qweight, scale, minimum, bias, zero, gated)
+        if minimum is None:
+            return lambda x: k80.linear_w8(x, qweight, scale, bias, gated)
+        offset = minimum
+
+        def with_minimum(x: Tensor) -> Tensor:
             # The minimum meets each group's sum of x: a product that is a group size narrower.
             wide = x.float()
-            sums = wide.unflatten(-1, (self.minimum.shape[1], -1)).sum(-1)
-            y = torch.ops.vllm_k80.linear_w8(wide, self.qweight, self.scale, bias)
-            return (y + torch.ops.vllm_k80.linear(sums, self.minimum, None)).to(x.dtype)
-        return torch.ops.vllm_k80.linear_w4(
-            x, self.qweight, self.scale, self.minimum, bias, self.zero
-        )
+            sums = wide.unflatten(-1, (offset.shape[1], -1)).sum(-1)
+            y = k80.linear_w8(wide, qweight, scale, bias) + k80.linear(sums, offset, None)
+            return (k80.silu_and_mul(y) if gated else y).to(x.dtype)
+
+        return with_minimum
 
     def embedding(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows ``ids`` in ``dtype``: [...] to [..., K].
@@ -74,10 +91,8 @@ class PackedWeight:
         if self.order is not None or (int8 and self.minimum is not None):
             raise ValueError("embedding: reordered columns and INT8 with a minimum are not served.")
         if int8:
-            return torch.ops.vllm_k80.embedding_w8(ids, self.qweight, self.scale, dtype)
-        return torch.ops.vllm_k80.embedding_w4(
-            ids, self.qweight, self.scale, self.minimum, dtype, self.zero
-        )
+            return k80.embedding_w8(ids, self.qweight, self.scale, dtype)
+        return k80.embedding_w4(ids, self.qweight, self.scale, self.minimum, dtype, self.zero)
 
     def parts(self) -> list[Tensor]:
         """The tensors it consists of."""
