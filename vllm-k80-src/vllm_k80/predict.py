@@ -511,7 +511,7 @@ def text(result: dict[str, Any]) -> str:
         f"beside them.",
         "",
         "Decode with CUDA graphs: tokens a second of all sequences; milliseconds of a step by",
-        "operator (norms: with rotary embedding, activation and the cache's writing):",
+        "operator (norms: with rotary embedding and the cache's writing):",
         "",
         _table(result),
         "",

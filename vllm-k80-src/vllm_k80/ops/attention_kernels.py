@@ -40,19 +40,15 @@ class _Step:
     """
 
     def __init__(self) -> None:
-        self._shared: tuple[Tensor, ...] = ()
-        self._found: dict[Any, Any] = {}
+        self._last: tuple[tuple[Tensor, ...], dict[Any, Any]] = ((), {})
 
-    def found(self, shared: tuple[Tensor, ...], layer: tuple[Any, ...]) -> Any:
-        """What was found of a layer like this one in this step, None if there was none."""
-        if len(shared) == len(self._shared) and all(map(operator.is_, shared, self._shared)):
-            return self._found.get(layer)
-        self._shared, self._found = shared, {}
-        return None
-
-    def keep(self, layer: tuple[Any, ...], found: Any) -> None:
-        """``found`` is what comes of such a layer in this step."""
-        self._found[layer] = found
+    def of(self, shared: tuple[Tensor, ...]) -> dict[Any, Any]:
+        """What was found of this step, by the layouts of a layer's own tensors; to be added to."""
+        last, found = self._last
+        if len(shared) != len(last) or not all(map(operator.is_, shared, last)):
+            found = {}
+            self._last = shared, found
+        return found
 
 
 _DECODE, _CACHE = _Step(), _Step()
@@ -138,7 +134,8 @@ def rotary_and_cache(
         return
     addresses = query.data_ptr(), key.data_ptr(), value.data_ptr(), kv_cache.data_ptr()
     layer = _layout(query), _layout(key), _layout(value), _layout(kv_cache), is_neox
-    launch = _CACHE.found((positions, slot_mapping, cos_sin_cache), layer)
+    step = _CACHE.of((positions, slot_mapping, cos_sin_cache))
+    launch = step.get(layer)
     if launch is None or not _aligned(addresses):
         strides = reference.check_rotary_and_cache(*tensors, kv_cache, slot_mapping)
         _, blocks, block_size, kv_heads, head_size = kv_cache.shape
@@ -163,7 +160,7 @@ def rotary_and_cache(
         grid = tokens, -(-(heads + 2 * kv_heads) // _CACHE_WARPS)
         shared = positions.data_ptr(), cos_sin_cache.data_ptr(), slot_mapping.data_ptr()
         launch = kernel, grid, shared, (heads, *cache)
-        _CACHE.keep(layer, launch)
+        step[layer] = launch
     kernel, grid, (place, rotations, slots), sizes = launch
     *rows, cached_rows = addresses
     kernel.launch(grid, _CACHE_THREADS, place, *rows, rotations, cached_rows, slots, *sizes)
@@ -231,7 +228,8 @@ def paged_attention(
         return
     addresses = query.data_ptr(), kv_cache.data_ptr(), out.data_ptr()
     layer = (_layout(query), _layout(kv_cache), _layout(out), max_seq_len, scale, *options)
-    launch = _DECODE.found((seq_lens, block_table), layer)
+    step = _DECODE.of((seq_lens, block_table))
+    launch = step.get(layer)
     if launch is None or not _aligned(addresses):
         _, _, kv_heads, head_size, stride = reference.check_attention(
             "paged_attention", query, kv_cache, out, seq_lens, block_table, *options
@@ -252,7 +250,7 @@ def paged_attention(
         sizes = _batch(query, kv_cache, out, seq_lens, block_table, stride, scale, *options)
         partial_shape = (sequences, heads, parts, head_size + 4) if parts > 1 else None
         launch = kernel, (tiles, parts, sequences), partial_shape, (*sizes, parts)
-        _DECODE.keep(layer, launch)
+        step[layer] = launch
     kernel, grid, partial_shape, sizes = launch
     partial = None
     if partial_shape is not None:
