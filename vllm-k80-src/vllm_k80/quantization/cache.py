@@ -45,7 +45,6 @@ from vllm_k80.quantization.packed import PackedWeight
 
 logger: logging.Logger = init_logger("vllm.k80.cache")
 
-_FORMAT = 1  # of an entry: raise when what is written, or how, changes
 _DEFAULT_GB = 20.0
 # Left free on the disk: more than `preflight` wants to see on a server that serves.
 _SPARE = 6_000_000_000
@@ -87,7 +86,7 @@ def directory() -> Path | None:
 
 @functools.cache
 def _code() -> str:
-    """Digest of what packs. Surer than a number that somebody has to remember to raise."""
+    """Digest of what packs and writes: surer than a number that somebody remembers to raise."""
     sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(reference.__file__)]
     return hashlib.blake2b(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
@@ -133,7 +132,6 @@ def find(
     config.pop("_name_or_path", None)  # where it is, not what it is
     before = {name: _shape(tensor) for name, tensor in _tensors(model)}
     identity = {
-        "format": _FORMAT,
         "code": _code(),
         "versions": [__version__, version("vllm"), torch.__version__],
         "files": found,
@@ -319,7 +317,9 @@ def _read(path: Path) -> tuple[_State, int]:
         FileNotFoundError: there is none.
         _Unusable, OSError, SafetensorError, ValueError, KeyError, TypeError: it is damaged.
     """
-    size = path.stat().st_size
+    with path.open("rb") as whole:  # in order, before several threads ask for it here and there
+        os.posix_fadvise(whole.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        size = os.fstat(whole.fileno()).st_size
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
