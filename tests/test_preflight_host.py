@@ -365,6 +365,15 @@ def test_mirrors_without_one(server: Path, judge: Judge, name: str, address: str
     assert warnings == []
 
 
+@pytest.mark.parametrize("path", ["cache", "~/cache", "/srv:1", "/"])
+def test_a_cache_without_a_place(server: Path, judge: Judge, path: str) -> None:
+    assert judge(server, vllm_instance_cache_dir=path)[0] == [
+        f"vllm_instance_cache_dir is '{path}', but Docker mounts whole paths without a colon;"
+        " write it like /var/lib/vllm-k80/cache."
+    ]
+    assert judge(server, vllm_instance_cache_dir="/srv/a b") == ([], [])
+
+
 def test_secure_boot(server: Path, judge: Judge) -> None:
     variable = server / "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
     write(variable, "\x06\0\0\0\0")

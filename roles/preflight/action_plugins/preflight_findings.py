@@ -586,6 +586,16 @@ def mirrors_have_addresses(host: Host) -> Iterator[str]:
             yield f"{name} is {address!r}, which is no address; write it like {example}."
 
 
+@check("k80_servers")
+def cache_has_a_place(host: Host) -> Iterator[str]:
+    path = host.get("vllm_instance_cache_dir", str)
+    if path and not re.fullmatch(r"/[^:\n]+", path):
+        yield (
+            f"vllm_instance_cache_dir is {path!r}, but Docker mounts whole paths without a colon;"
+            " write it like /var/lib/vllm-k80/cache."
+        )
+
+
 # --- The inventory ----------------------------------------------------------
 
 

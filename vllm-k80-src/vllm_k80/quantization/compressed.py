@@ -134,6 +134,8 @@ class K80WNA16(CompressedTensorsScheme):
         self.sizes = output_partition_sizes
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if hasattr(layer, "packed_weights"):  # from the cache
+            return
         packed, scale = layer.weight_packed.data, layer.weight_scale.data
         zero = None if self.symmetric else layer.weight_zero_point.data
         g_idx = layer.weight_g_idx.data if self.reordered else None

@@ -6,19 +6,24 @@ Block formats: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and ggm
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import vllm.config
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 from vllm.model_executor import model_loader
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import gguf as upstream
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader import gguf_loader
 from vllm.model_executor.model_loader.gguf_loader import GGUFModelLoader
+from vllm.transformers_utils.config import maybe_override_with_speculators_target_model
 
-from vllm_k80.quantization.gguf_file import SUPPORTED_TYPES, shared_reader
+from vllm_k80.quantization.gguf_file import SUPPORTED_TYPES, shared_reader, tensor_names
 from vllm_k80.quantization.linear import CardConfig, apply, attach, register_config
+from vllm_k80.quantization.loader import CachingLoader
 from vllm_k80.quantization.packed import PackedWeight, concatenate
 
 _HALF = 2  # bytes of an FP16 scale at the head of a block
@@ -100,6 +105,8 @@ class K80GGUFLinearMethod(upstream.GGUFLinearMethod):
     """Upstream's loading, our layout and operators."""
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if hasattr(layer, "packed_weights"):  # from the cache
+            return
         raw, kinds = layer.qweight, layer.qweight_type
         # The parts of a fused layer are kept where the file was read: on the host.
         device = kinds.device
@@ -139,8 +146,11 @@ class K80GGUFConfig(CardConfig, upstream.GGUFConfig):
         return None
 
 
-class K80GGUFModelLoader(GGUFModelLoader):
+class K80GGUFModelLoader(CachingLoader, GGUFModelLoader):
     """Upstream's loader; the file's header is parsed once instead of once a question."""
+
+    def checkpoint_files(self, model: torch.nn.Module, model_config: Any) -> list[Path]:
+        return [Path(self._prepare_weights(model_config.model))]
 
     def load_model(self, vllm_config: Any, model_config: Any) -> torch.nn.Module:
         # Upstream builds the Hugging Face model without weights, to learn its names, and
@@ -150,7 +160,27 @@ class K80GGUFModelLoader(GGUFModelLoader):
             return super().load_model(vllm_config=vllm_config, model_config=model_config)
 
 
+def _extra_tensor_names(path: str, name_map: dict[str, str]) -> list[str]:
+    """Hugging Face's names of tensors that the file does not have, which tells of a tied head.
+
+    Upstream's parses the whole header, which nothing else asks for when weights are cached.
+    """
+    return [name_map[name] for name in name_map.keys() - tensor_names(path)]
+
+
+def _target_model(model: str, tokenizer: str, *args: Any, **options: Any) -> tuple[str, str]:
+    """The model for which a draft model was made, which a GGUF file never is; without asking it."""
+    if model.endswith(".gguf"):
+        return model, tokenizer
+    found: tuple[str, str] = maybe_override_with_speculators_target_model(
+        model, tokenizer, *args, **options
+    )
+    return found
+
+
 def register() -> None:
     """Make ours what vLLM takes for ``gguf``, loader included (as `linear.register_config`)."""
+    gguf_loader.get_gguf_extra_tensor_names = _extra_tensor_names
+    vllm.config.maybe_override_with_speculators_target_model = _target_model
     register_config("gguf", K80GGUFConfig)
     model_loader._LOAD_FORMAT_TO_MODEL_LOADER["gguf"] = K80GGUFModelLoader

@@ -6,6 +6,7 @@ a time, into its part of the layer's `PackedWeight` when vLLM hands it over, and
 next.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -66,8 +67,8 @@ def _to_f16(rows: Tensor, group: int) -> PackedWeight:
 _Narrow = Callable[[Tensor, int], PackedWeight]
 
 
-def _destination(layer: str, narrow: _Narrow, rows: int, columns: int) -> tuple[PackedWeight, int]:
-    """A weight of zeros in the layout of ``narrow``, and its group size.
+def _row(layer: str, narrow: _Narrow, columns: int) -> tuple[PackedWeight, int]:
+    """A row of zeros in the layout of ``narrow``, and its group size.
 
     Raises:
         ValueError: a number of columns that the kernels do not take.
@@ -81,10 +82,7 @@ def _destination(layer: str, narrow: _Narrow, rows: int, columns: int) -> tuple[
             f"the kernels. Use --quantization k80-f16; with several dies, use fewer, for each gets "
             f"a part of the columns of some layers."
         )
-    parts = narrow(torch.zeros(1, columns), group).named_parts()
-    return PackedWeight(
-        **{name: part.new_zeros(rows, part.shape[1]) for name, part in parts.items()}
-    ), group
+    return narrow(torch.zeros(1, columns), group), group
 
 
 @dataclass
@@ -139,7 +137,15 @@ class NarrowedParameter(ModelWeightParameter):
         shape = torch.empty(rows, columns, device="meta")
         super().__init__(data=shape, input_dim=1, output_dim=0, weight_loader=loader)
         self.narrow_ = narrow
-        self.weight, self.group = _destination(layer, narrow, rows, columns)
+        self.row, self.group = _row(layer, narrow, columns)
+
+    @functools.cached_property
+    def weight(self) -> PackedWeight:
+        """What is loaded, zero elsewhere. Nothing takes its memory when it comes from the cache."""
+        parts = self.row.named_parts().items()
+        return PackedWeight(
+            **{name: part.new_zeros(self.shape[0], part.shape[1]) for name, part in parts}
+        )
 
     @property
     def data(self) -> _Rows:

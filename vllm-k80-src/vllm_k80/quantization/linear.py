@@ -189,6 +189,8 @@ class PackedLinearMethod(linear.LinearMethodBase):
         raise NotImplementedError
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if hasattr(layer, "packed_weights"):  # from the cache
+            return
         weights = self.pack(layer)
         for name, _ in list(layer.named_parameters(recurse=False)):
             if name != "bias":

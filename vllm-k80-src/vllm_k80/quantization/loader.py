@@ -1,12 +1,18 @@
-"""vLLM's loader of safetensors checkpoints, with a check that values fit the storage."""
+"""vLLM's loader of safetensors checkpoints, with a check that values fit the storage.
+
+And what it shares with the one of GGUF files: the cache of repacked weights.
+"""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.model_executor import model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from vllm_k80.quantization import cache
 
 _LARGEST = torch.finfo(torch.float16).max
 
@@ -28,8 +34,51 @@ def check_range(name: str, tensor: Tensor) -> None:
         )
 
 
-class K80ModelLoader(DefaultModelLoader):
+class CachingLoader:
+    """Takes weights from the cache, or puts them there. Before upstream's class."""
+
+    load_config: Any
+    _device: torch.device
+    _unsaved: cache.Entry | None = None
+
+    def checkpoint_files(self, model: torch.nn.Module, model_config: Any) -> list[Path] | None:
+        """The files that the model's weights depend on; None: too many to say."""
+        raise NotImplementedError
+
+    def load_model(self, vllm_config: Any, model_config: Any) -> torch.nn.Module:
+        """Load and process the weights, or restore the state in which that has left them."""
+        self._device = torch.device(self.load_config.device or vllm_config.device_config.device)
+        model: torch.nn.Module = super().load_model(  # type: ignore[misc]  # upstream's, mixed in
+            vllm_config=vllm_config, model_config=model_config
+        )
+        if self._unsaved:
+            self._unsaved.save(model)
+        return model
+
+    def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+        """What lies between a model's initialization and ``process_weights_after_loading``."""
+        if cache.directory() and (files := self.checkpoint_files(model, model_config)):
+            entry = cache.find(files, model, model_config, self._device)
+            if entry and entry.restore(model):
+                return
+            self._unsaved = entry
+        super().load_weights(model, model_config)  # type: ignore[misc]  # upstream's, mixed in
+
+
+class K80ModelLoader(CachingLoader, DefaultModelLoader):
     """Upstream's loader; nothing becomes infinite unsaid when BF16 or FP32 is stored as FP16."""
+
+    def checkpoint_files(self, model: torch.nn.Module, model_config: Any) -> list[Path] | None:
+        if getattr(model, "secondary_weights", ()):  # from other checkpoints
+            return None
+        folder, names, _ = self._prepare_weights(
+            model_config.model,
+            model_config.revision,
+            getattr(model, "fall_back_to_pt_during_load", True),
+            getattr(model, "allow_patterns_overrides", None),
+        )
+        # Some formats have their settings in a file of their own.
+        return sorted({*map(Path, names), *Path(folder).glob("*config*.json")})
 
     def get_all_weights(
         self, model_config: Any, model: torch.nn.Module
