@@ -166,6 +166,8 @@ def compare() -> tuple[dict[str, int], list[dict[str, Any]]]:
             off.append({"operator": "dequant_w4", **{k: str(v) for k, v in about.items()}})
         if index % 4 == 0:
             group = columns
+        elif index % 4 == 1:
+            group = 16
         parts8, weight, terms = weight_w8(rows, columns, group, about["scale"], index)
         result = vllm_k80.gemv_w8(x, *parts8, bias)
         check("gemv_w8", {**about, "group": group}, result, x, weight, bias, terms)

@@ -1,7 +1,7 @@
 // Products of a few rows of x with a weight: y[t, n] = sum_k x[t, k] * w[n, k] + bias[n].
 //
 //   gemv_w4_{f16,f32,z16,z32}_m{1,2,4,8}   INT4, groups of 32, 64 or 128 columns
-//   gemv_w8_{f16,f32}_m{1,2,4,8}           INT8, groups of 32, 64 or 128 columns, or a row
+//   gemv_w8_{f16,f32}_m{1,2,4,8}           INT8, groups of 16, 32, 64 or 128 columns, or a row
 //   gemv_f16_m{1,2,4,8}                    FP16
 //   gated_gemv_...                         the same, each, of a weight whose first N/2 rows are
 //                                          a gate's: y[t, n] = silu(p[t, n]) * p[t, N/2 + n], where

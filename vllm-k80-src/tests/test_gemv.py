@@ -71,7 +71,7 @@ def test_w4_is_dequantize_and_multiply(group: int, dtype: torch.dtype, zero: boo
     torch.testing.assert_close(rows, dense[[36, 0]], atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("group", [32, 64, 128, 384])
+@pytest.mark.parametrize("group", [16, 32, 64, 128, 384])
 def test_w8_is_dequantize_and_multiply(group: int) -> None:
     q = integers(-128, 128, 21, 384).to(torch.int8)
     scale = draw(21, 384 // group).abs().half()
@@ -219,6 +219,9 @@ def test_columns_that_do_not_fill_128_bits_are_named() -> None:
     q, scale = torch.ones(2, 24, dtype=torch.int8), torch.ones(2, 1)
     with pytest.raises(ValueError, match="gemv_w8: the weight has 24 columns, no multiple of 16"):
         vllm_k80.gemv_w8(torch.ones(1, 24), q, scale)
+    q, scale = torch.ones(2, 32, dtype=torch.int8), torch.ones(2, 4)
+    with pytest.raises(ValueError, match="group size is 8; 16, 32, 64, 128 are supported"):
+        vllm_k80.gemv_w8(torch.ones(1, 32), q, scale)
 
 
 def test_a_weight_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -484,7 +484,7 @@ def linear_w8(
     if x.shape[-1] != columns or scale.dim() != 2 or not driver.available():
         return reference.linear_w8(x, qweight, scale, bias, gated)
     groups = max(1, scale.shape[1])
-    supported = columns % 16 == 0 and (groups == 1 or columns // groups in reference.GROUPS)
+    supported = columns % 16 == 0 and (groups == 1 or columns // groups in reference.GROUPS_W8)
     if _rows(x) <= reference.GEMV_ROWS and supported and x.dtype in _SUFFIX:
         return gemv_w8(x, qweight, scale, bias, gated)
     return _in_tiles(x, rows, bias, gated, lambda part: dequant_w8(qweight[part], scale[part]))

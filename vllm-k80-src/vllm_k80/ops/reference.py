@@ -18,8 +18,10 @@ _TILE_ELEMENTS = 1 << 18
 # Most rows of x that the gemv operators take: beyond, dequantization and a matrix product,
 # which read the weight once, cost less.
 GEMV_ROWS = 32
-# Columns of an INT4 or INT8 weight that may share a scale in the gemv operators.
+# Columns that may share a scale in the gemv operators: of an INT4 weight, and of an INT8 weight,
+# of which 128 bits hold half as many.
 GROUPS = (32, 64, 128)
+GROUPS_W8 = (16, *GROUPS)
 _DTYPES = (torch.float32, torch.float16)
 
 
@@ -480,6 +482,7 @@ def check_gemv(
     scales: tuple[Tensor, ...],
     bias: Tensor | None,
     gated: bool,
+    groups: tuple[int, ...] = GROUPS,
 ) -> int:
     """Check what the gemv operators take; returns the rows of ``x``.
 
@@ -487,6 +490,7 @@ def check_gemv(
         name: of the operator. x: its first argument.
         rows, columns: of the weight. group: columns of a group, None for any.
         weight: its narrow tensor. scales: scale, and minimum or zero, of a shape already checked.
+        groups: what ``group`` may be.
 
     Raises:
         ValueError: naming the argument, its value and what is supported.
@@ -498,8 +502,8 @@ def check_gemv(
     tokens = x.numel() // columns if columns else 0
     if tokens > GEMV_ROWS:
         raise ValueError(f"{name}: x has {tokens} rows; up to {GEMV_ROWS} are supported")
-    if group is not None and group not in GROUPS:
-        supported = ", ".join(map(str, GROUPS))
+    if group is not None and group not in groups:
+        supported = ", ".join(map(str, groups))
         raise ValueError(f"{name}: the group size is {group}; {supported} are supported")
     for part in (weight, *scales) if bias is None else (weight, *scales, bias):
         if part.device != x.device:
@@ -575,7 +579,9 @@ def check_gemv_w8(
     if columns % 16:
         raise ValueError(f"gemv_w8: the weight has {columns} columns, no multiple of 16")
     limited = None if group == columns else group  # or one scale a row
-    tokens = check_gemv("gemv_w8", x, rows, columns, limited, qweight, (scale,), bias, gated)
+    tokens = check_gemv(
+        "gemv_w8", x, rows, columns, limited, qweight, (scale,), bias, gated, GROUPS_W8
+    )
     return tokens, group
 
 
@@ -585,8 +591,8 @@ def gemv_w8(
     """`linear_w8` for up to 32 rows of x, in one kernel.
 
     Raises:
-        ValueError: as `gemv_w4`; the group size may also be the whole row, of a multiple of 16
-            columns.
+        ValueError: as `gemv_w4`; the group size may also be 16, or the whole row, of a multiple of
+            16 columns.
     """
     check_gemv_w8(x, qweight, scale, bias, gated)
     return linear_w8(x, qweight, scale, bias, gated)

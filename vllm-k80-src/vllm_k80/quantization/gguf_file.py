@@ -19,7 +19,13 @@ from typing import Any
 
 from vllm_k80.errors import UserError
 
-SUPPORTED_TYPES = ("Q4_0", "Q4_1", "Q8_0", "F16", "F32")
+SUPPORTED_TYPES = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+    *("Q4_K", "Q5_K", "Q6_K"),
+    *("F16", "F32"),
+)
+# What to use in place of a file with others, as publishers name files.
+INSTEAD = "Q4_K_M, Q6_K or Q8_0"
 
 # In the key of the extracted files: raise when what is written changes.
 _FORMAT = 2
@@ -27,11 +33,26 @@ _FORMAT = 2
 
 @contextlib.contextmanager
 def shared_reader() -> Iterator[None]:
-    """Within this context `gguf.GGUFReader` parses each file once."""
+    """Within this context `gguf.GGUFReader` parses each file once, and faster."""
     import gguf
+    import numpy
 
     real = gguf.GGUFReader
-    gguf.GGUFReader = functools.lru_cache(maxsize=1)(real)
+
+    class Reader(gguf.GGUFReader):
+        """Cuts its strings out of a plain array: out of a memmap, each would be a memmap."""
+
+        @property
+        def data(self) -> Any:
+            return self._plain
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._plain = mapped.view(numpy.ndarray)
+
+    read = functools.lru_cache(maxsize=1)(Reader)
+    # A file is the same whether it is named by a string or by a Path.
+    gguf.GGUFReader = lambda path: read(os.fspath(path))
     try:
         yield
     finally:
@@ -94,8 +115,8 @@ def check_types(path: Path, reader: Any) -> None:
     )
     if unsupported:
         raise UserError(
-            f"{path}: tensors of type {', '.join(unsupported)} cannot be served yet. "
-            f"Use a file quantized to Q4_1, Q4_0 or Q8_0."
+            f"{path}: tensors of type {', '.join(unsupported)} cannot be served; those of "
+            f"{', '.join(SUPPORTED_TYPES)} can. Use a file quantized to {INSTEAD}."
         )
 
 
@@ -175,7 +196,9 @@ def extract_metadata(path: Path, cache: Path) -> Path:
                 raise UserError(f"{path} is damaged or of an unknown version: {error}.") from None
             source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
             config = AutoConfig.from_pretrained(**source)
-            tokenizer = _mend_tokenizer(AutoTokenizer.from_pretrained(**source), reader)
+            # Without the configuration it would read the metadata for it once more.
+            tokenizer = AutoTokenizer.from_pretrained(**source, config=config)
+            tokenizer = _mend_tokenizer(tokenizer, reader)
         if not config.architectures:
             # A GGUF file names the kind of model only; vLLM wants the class.
             from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
