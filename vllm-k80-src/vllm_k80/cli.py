@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("selftest", help="run a tiny known model on this die and compare")
     info = commands.add_parser("info", help="what this installation consists of and runs on")
     info.add_argument("--json", action="store_true", help="for programs")
-    commands.add_parser("support", help="which quantizations are served, and what to use instead")
+    commands.add_parser(
+        "support", help="which architectures and quantizations are served, and what to use instead"
+    )
     return parser
 
 
@@ -97,9 +99,10 @@ def main(argv: list[str] | None = None) -> int:
 
                 info.show(as_json=arguments.json)
             case "support":
+                from vllm_k80 import architectures
                 from vllm_k80.quantization import methods
 
-                print(methods.table())
+                print(architectures.table(), "", methods.table(), sep="\n")
     except UserError as error:
         print(f"vllm-k80: {error}", file=sys.stderr)
         return 1

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vllm_k80 import architectures
 from vllm_k80.errors import UserError
 
 SUPPORTED_TYPES = ("Q4_0", "Q4_1", "Q8_0", "F16", "F32")
@@ -46,6 +47,14 @@ def check_types(path: Path, reader: Any) -> None:
             f"{path}: tensors of type {', '.join(unsupported)} cannot be served yet. "
             f"Use a file quantized to Q4_1, Q4_0 or Q8_0."
         )
+
+
+def check_architecture(path: Path, reader: Any) -> None:
+    """Refuse a file of an architecture that is not served (UserError)."""
+    entry = reader.get_field("general.architecture")
+    name = "(none)" if entry is None else str(entry.contents())
+    if refusal := architectures.gguf_refusal(name):
+        raise UserError(f"{path}: {refusal}")
 
 
 def _mend_tokenizer(tokenizer: Any, reader: Any) -> Any:
@@ -119,6 +128,7 @@ def extract_metadata(path: Path, cache: Path) -> Path:
         with shared_reader():
             try:
                 reader = gguf.GGUFReader(path)
+                check_architecture(path, reader)
                 check_types(path, reader)
             except (ValueError, IndexError) as error:
                 raise UserError(f"{path} is damaged or of an unknown version: {error}.") from None
