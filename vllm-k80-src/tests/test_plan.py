@@ -356,6 +356,7 @@ def test_what_was_measured_counts_where_it_is_less_than_planned() -> None:
         ({"num_attention_heads": 31, "head_dim": 128}, ["--dies=2"], "31 heads cannot be shared"),
         ({"quantization_config": {"quant_method": "gptq"}}, [], "GPTQ of None bits"),
         ({"quantization_config": GPTQ | {"dynamic": {"(": {}}}}, [], "has something odd"),
+        ({"quantization_config": GPTQ | {"group_size": "128"}}, [], "odd .*group size '128'"),
         ({}, ["--context=5000"], "made for 4096 tokens at most"),
         ({}, ["--dies=0"], "--dies 0: it must be at least 1"),
         ({}, ["--max-num-seqs=0"], "--max-num-seqs 0: it must be at least 1"),

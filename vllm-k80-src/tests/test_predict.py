@@ -158,6 +158,15 @@ def test_a_gguf_file_is_judged_by_its_tensors(smollm2: Path) -> None:
     assert (of.head, of.embedding) == (predict.Weight(49152, 576, "w8_f16", 32), None)
 
 
+def test_zero_points_beside_int8_are_a_product_more() -> None:
+    plain, zeros = (predict.Weight(4096, 4096, kind, 128) for kind in ("w8_f16", "w8m_f16"))
+    minimums = predict.Weight(4096, 32, "f16")
+    for rows in (1, 8, 2048):
+        more = predict.product_us(zeros, rows) - predict.product_us(plain, rows)
+        launches = 3 * predict.COSTS["launch_us"]
+        assert more == pytest.approx(predict.product_us(minimums, rows) + launches)
+
+
 def test_bf16_is_judged_as_it_is_loaded(tmp_path: Path) -> None:
     write(tmp_path, torch_dtype="bfloat16")
     assert predict.of_directory(tmp_path, "auto", None).head.kind == "f32"

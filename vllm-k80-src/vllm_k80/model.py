@@ -25,10 +25,11 @@ from vllm_k80.quantization.gguf_file import check_types
 # Activations by vLLM's name of the dtype: the kind of plain weights, and bytes of an element.
 DTYPES = {"half": ("f16", 2), "float": ("f32", 4)}
 _CONFIG_DTYPES = {"float16": "half", "float32": "float", "bfloat16": "float"}
-_BITS = {"w4_f16": 4, "w8_f16": 8, "f16": 16, "f32": 32}
+# w8m_f16: INT8 with a minimum, which takes a second product (`quantization.packed.PackedWeight`).
+_BITS = {"w4_f16": 4, "w8_f16": 8, "w8m_f16": 8, "f16": 16, "f32": 32}
 # FP16 numbers a group: scale and minimum or zero point, or the scale.
-_SCALES = {"w4_f16": 2, "w8_f16": 1}
-FORMATS = {"w4_f16": "INT4", "w8_f16": "INT8", "f16": "FP16", "f32": "FP32"}
+_SCALES = {"w4_f16": 2, "w8_f16": 1, "w8m_f16": 2}
+FORMATS = {"w4_f16": "INT4", "w8_f16": "INT8", "w8m_f16": "INT8", "f16": "FP16", "f32": "FP32"}
 # Of --quantization: what linear layers get, and what embeddings and head (quantization/k80.py).
 ON_THE_FLY = {
     "k80-w4": ("int4", "int8"),
@@ -73,15 +74,15 @@ _BUILDS = {
 class Weight:
     """A weight of ``n`` rows and ``k`` columns, and the kernel that it is for.
 
-    ``minimum``: INT8 with zero points, an FP32 number a group. ``orders``: how many times the order
-    of its columns is kept, an INT64 number a column (`quantization.packed.PackedWeight`).
+    ``wide``: the minimums are FP32, as zero points become with INT8. ``orders``: how many times the
+    order of its columns is kept, an INT64 number a column (`quantization.packed.PackedWeight`).
     """
 
     n: int
     k: int
     kind: str
     group: int = 0
-    minimum: bool = False
+    wide: bool = False
     orders: int = 0
 
     @property
@@ -89,7 +90,7 @@ class Weight:
         """What it takes in memory, and what a product must read."""
         elements = self.n * self.k
         groups = elements // self.group if self.group else 0
-        scales = groups * (2 * _SCALES.get(self.kind, 0) + 4 * self.minimum)
+        scales = groups * 2 * (_SCALES.get(self.kind, 0) + self.wide)
         return elements * _BITS[self.kind] // 8 + scales + 8 * self.k * self.orders
 
 
@@ -229,12 +230,14 @@ class _Integers:
                 f"groups of a multiple of {_GROUPS[-1]} columns. Use a checkpoint quantized with "
                 f"group size 128, 64 or 32."
             )
+        wide = self.bits == 8 and not self.symmetric
+        kind = "w4_f16" if self.bits == 4 else "w8m_f16" if wide else "w8_f16"
         return Weight(
             n,
             k,
-            "w4_f16" if self.bits == 4 else "w8_f16",
+            kind,
             fitting,
-            minimum=self.bits == 8 and not self.symmetric,
+            wide,
             orders=parts if self.reordered and self.group else 0,
         )
 
@@ -319,7 +322,13 @@ def _scheme(config: _Config) -> _Scheme | None:
         raise UserError(f"{config.where}: quantization {method} cannot be judged.")
     try:
         scheme = _SCHEMES[method](quantized)
-        scheme("model.layers.0.self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj"))
+        stored = scheme("model.layers.0.self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj"))
+        if (
+            stored
+            and stored.group is not None
+            and (type(stored.group) is not int or stored.group < 1)
+        ):
+            raise ValueError(f"group size {stored.group!r}")
     except (LookupError, TypeError, AttributeError, ValueError, re.error) as error:
         raise UserError(
             f"{config.where}: its quantization_config lacks or has something odd ({error!r})."
@@ -589,7 +598,7 @@ def _fused(weights: list[Weight]) -> list[Weight]:
     """Neighbours of one layout as one weight, as `quantization.packed.concatenate` joins them."""
     joined: list[Weight] = []
     for weight in weights:
-        if joined and joined[-1].kind == weight.kind:
+        if joined and (joined[-1].kind, joined[-1].group) == (weight.kind, weight.group):
             weight = dataclasses.replace(weight, n=joined.pop().n + weight.n)
         joined.append(weight)
     return joined
@@ -631,21 +640,23 @@ def of_header(header: gguf_header.Header, path: Path, dtype: str, dies: int = 1)
     kv_heads = _key_heads(all_kv_heads, dies, where)
 
     tensors: dict[str, Weight] = {}
+    blocks: dict[str, int] = {}  # columns that are stored together
     vectors = 0
     for tensor in header.tensors:
         if len(tensor.shape) == 2:
             kind, group = _GGUF[tensor.tensor_type.name]
             k, n = tensor.shape
             tensors[tensor.name] = Weight(n, k, kind, group)
+            blocks[tensor.name] = tensor.tensor_type.elements
         elif tensor.name != "rope_freqs.weight":
             vectors += math.prod(tensor.shape)
 
     def rows(weight: Weight) -> Weight:
         return dataclasses.replace(weight, n=_share("rows", weight.n, dies, where))
 
-    def columns(weight: Weight) -> Weight:
+    def columns(weight: Weight, name: str) -> Weight:
         k = _share("columns", weight.k, dies, where)
-        if weight.group and k % weight.group:
+        if k % blocks[name]:
             raise NotServed(f"{path}: {k} columns on each die cut its blocks. Use one die.")
         return dataclasses.replace(weight, k=k)
 
@@ -663,9 +674,9 @@ def of_header(header: gguf_header.Header, path: Path, dtype: str, dies: int = 1)
         k, v = (dataclasses.replace(part, n=kv_heads * head_size) for part in (k, v))
         return [
             *_fused([rows(q), k, v]),
-            columns(output),
+            columns(output, f"blk.{index}.attn_output.weight"),
             *_fused([rows(gate), rows(up)]),
-            columns(down),
+            columns(down, f"blk.{index}.ffn_down.weight"),
         ]
 
     layers = [of_layer(index) for index in range(size("block_count"))]
@@ -673,16 +684,16 @@ def of_header(header: gguf_header.Header, path: Path, dtype: str, dies: int = 1)
     if embedding is None:
         raise UserError(f"{path} has no tensor token_embd.weight: it is no whole model.")
     head = tensors.get("output.weight")
-    kinds = {weight.kind: weight.group for layer in layers for weight in layer}
+    layouts = {(weight.kind, weight.group) for layer in layers for weight in layer}
+    formats = [
+        FORMATS[kind] + (f", group {group}" if group else "")
+        for kind, group in sorted(layouts, key=lambda layout: ([*FORMATS].index(layout[0]), layout))
+    ]
     activations = "float" if dtype == "auto" else _activations(config, dtype)
     longest = size("context_length")
     return Model(
         name=path.name,
-        format=" and ".join(
-            FORMATS[kind] + (f", group {kinds[kind]}" if kinds[kind] else "")
-            for kind in FORMATS
-            if kind in kinds
-        ),
+        format=" and ".join(dict.fromkeys(formats)),
         activations=activations,
         hidden=hidden,
         inner=_share("columns of the feed-forward layer", size("feed_forward_length"), dies, where),

@@ -52,6 +52,12 @@ def _sgemm_us(operations: float) -> float:
 
 def product_us(weight: Weight, rows: int) -> float:
     """Microseconds of ``x @ weight.T`` for so many rows of x, without the launch."""
+    if weight.kind == "w8m_f16":
+        integers = Weight(weight.n, weight.k, "w8_f16", weight.group)
+        minimums = Weight(weight.n, weight.k // weight.group, "f32" if weight.wide else "f16")
+        # Three launches more: sums of x, their product with the minimums, and adding it.
+        more = product_us(minimums, rows) + 3 * COSTS["launch_us"]
+        return float(product_us(integers, rows) + more)
     vectors = 4 * rows * (weight.n + weight.k)
     operations = 2.0 * rows * weight.n * weight.k
     if weight.kind == "f32" or rows > _GEMV_ROWS:
