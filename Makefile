@@ -90,6 +90,10 @@ kernels-report: ## What each kernel uses of a K80, and how long it takes, predic
 	@build/py311/bin/python vllm-k80-src/tools/kernels_predict.py build/kernels-report.json
 	@build/py311/bin/python vllm-k80-src/tools/kernels_costs.py build/kernels-report.json
 
+.PHONY: models-table
+models-table: ## Which well-known models fit on a die: the table of docs/models.md, anew
+	@python3 vllm-k80-src/tools/models_table.py --write
+
 ## ---- keep it
 
 .PHONY: venv

@@ -20,6 +20,7 @@ import yaml
 from ansible.template import trust_as_template
 from judge import FACTS, SETTINGS, Judge
 from made_up_host import add_server
+from made_up_hub import Hub, Storage
 
 ROOT = Path(__file__).resolve().parent.parent
 GATHERED = {f"ansible_{name}": value for name, value in FACTS.items()} | {
@@ -72,6 +73,35 @@ INVENTORIES: dict[str, dict[str, Any]] = {
         "vllm_image_base_image": trust_as_template("{{ not_there }}"),
     },
 }
+
+LLAMA_2_7B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "torch_dtype": "float16",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+}
+
+
+def add_checkpoint(directory: Path, config: dict[str, Any]) -> None:
+    """A checkpoint without tensors."""
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+
+
+def gguf_of(architecture: str) -> bytes:
+    """A GGUF file that says of what architecture it is, and no more."""
+
+    def text(value: str) -> bytes:
+        return len(value).to_bytes(8, "little") + value.encode()
+
+    head = b"GGUF" + (3).to_bytes(4, "little") + (0).to_bytes(8, "little")
+    entry = text("general.architecture") + (8).to_bytes(4, "little") + text(architecture)
+    return head + (1).to_bytes(8, "little") + entry
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +185,10 @@ def bad(tmp_path_factory: pytest.TempPathFactory, server: Path) -> Run:
     model.mkdir()
     (model / "pytorch_model.bin").touch()
     (model / "config.json").touch()
+    seven, mamba = directory / "seven", directory / "mamba"
+    add_checkpoint(seven, LLAMA_2_7B)
+    mamba.mkdir()
+    (mamba / "mamba.gguf").write_bytes(gguf_of("mamba"))
     good = SETTINGS | {"preflight_root": str(server)}
     hosts: dict[str, dict[str, Any]] = {
         "healthy": good,
@@ -183,6 +217,22 @@ def bad(tmp_path_factory: pytest.TempPathFactory, server: Path) -> Run:
                 "pickled": {"source": "directory", "path": str(model)},
                 "hub": {"source": "hub", "repository": "org/model"},
                 "unused": {"source": "directory", "path": "/srv/neither"},
+            },
+        },
+        "unfit": good
+        | {
+            "no_gateway": True,
+            "vllm_instance_max_model_len": 2048,
+            "vllm_instance_instances": [
+                {"name": "a", "dies": [DIE0], "model": "seven"},
+                {"name": "b", "dies": [DIE1], "model": "seven"},
+                {"name": "c", "dies": [DIE0, DIE1], "model": "seven"},
+                {"name": "d", "dies": [DIE1], "model": "seven", "extra_args": ["-q", "k80-w4"]},
+                {"name": "e", "dies": [DIE1], "model": "mamba"},
+            ],
+            "vllm_model_catalogue": {
+                "seven": {"source": "directory", "path": str(seven)},
+                "mamba": {"source": "directory", "path": str(mamba)},
             },
         },
         "gateway": good
@@ -290,6 +340,11 @@ SENTENCES = {
         "model 'hub': its entry lacks revision, which source hub needs; correct its entry in"
         " vllm_model_catalogue or the server.",
     ],
+    "unfit": [
+        "model 'seven' does not fit instances 'a' and 'b': weights take 13.48 GB and work buffers"
+        " 0.95 GB of the 10.80 GB that may be used of a die; the nearest that fits: --quantization"
+        " k80-w8 in extra_args.",
+    ],
     "gateway": [
         "the key of 'anna' in gateway_api_keys has 5 characters, fewer than 24; set it to the"
         " output of: openssl rand -hex 24.",
@@ -333,6 +388,7 @@ def test_nothing_else_is_told(findings: Callable[[str], list[str]], host: str) -
             r"\d+ GB are free for /.*/images and /.*/models, but 2000000 GB are needed"
             r" \(preflight_disk_free_gb\); free some",
         ),
+        ("unfit", r"model 'mamba': /.*/mamba/mamba\.gguf: .*mamba are not served .* Use a file of"),
         ("models", r"model 'pickled': /.*/model holds no \.safetensors files.*; correct its entry"),
         ("types", r"vllm_instance_base_port does not fit role vllm_instance: .*int"),
         ("types", r"vllm_instance_dtype does not fit role vllm_instance: .*auto, float32, half"),
@@ -371,3 +427,62 @@ def test_a_warning_stops_nothing_and_the_dies_are_told(tmp_path: Path) -> None:
     board = {"board": "0000:03:00.0", "numa_node": 0, "local_cpulist": "0-9"}
     assert run.dies["server"] == [{"pci_address": DIE0} | board, {"pci_address": DIE1} | board]
     assert {stats["changed"] for stats in run.stats.values()} == {0}
+
+
+def test_settings_are_planned_as_the_instance_gets_them(judge: Judge, server: Path) -> None:
+    flags = judge.plugin.plan_flags
+    base = {"--dies": "1", "--dtype": "auto", "--gpu-memory-utilization": "0.9"}
+
+    def planned(**instance: Any) -> Any:
+        host = judge.host(
+            preflight_root=str(server),
+            vllm_instance_instances=[{"name": "a", "dies": [DIE0]} | instance],
+            vllm_instance_extra_args=["--max-num-seqs", "8"],
+        )
+        told = flags(host.instances()[0])
+        return told and dict(zip(told[::2], told[1::2], strict=True))
+
+    assert planned() == base | {"--max-num-seqs": "8"}
+    own = ["--max-num-seqs=4", "--dtype", "half", "--quantization", "k80-w8", "--max-model-len=64"]
+    assert planned(dies=[DIE0, DIE1], extra_args=[*own, "--enforce-eager"]) == base | {
+        "--dies": "2",
+        "--dtype": "half",
+        "--context": "64",
+        "--weights": "int8",
+        "--max-num-seqs": "4",
+    }
+    assert planned(extra_args=["-q", "gptq"]) == base | {"--max-num-seqs": "8"}
+    assert planned(extra_args=["-pp", "2"]) is None
+
+
+def test_a_model_of_a_hub_is_planned_before_it_is_fetched(judge: Judge) -> None:
+    storage = Storage()
+    hub = Hub(storage)
+    files = {"config.json": json.dumps(LLAMA_2_7B).encode(), "model.safetensors": b"x"}
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    hub.add("org/seven", commit, files, token="secret")
+    where = ["--revision", commit, "--endpoint", hub.url]
+    with hub.running():
+        answer = judge.plugin.plan("org/seven", where, "secret")
+        assert (answer["fits"], answer["choices"][0]) == (False, {"quantization": "k80-w8"})
+        # Another check tells of a hub that does not answer.
+        assert judge.plugin.plan("org/seven", where, "") is None
+    assert judge.plugin.plan("org/seven", where, "secret") is None
+
+
+def test_every_choice_is_told_by_its_variable(judge: Judge) -> None:
+    host = judge.host()
+    refused = {"fits": False, "served": True, "lacking": "it is too large"}
+    choice = {"dtype": "half", "max_model_len": 1024, "tensor_parallel_size": 2}
+    host.plans = [
+        (["a"], "one", refused | {"choices": [choice]}),
+        (["b"], "two", refused | {"choices": []}),
+        (["c"], "three", {"fits": True, "served": True}),
+    ]
+    assert list(judge.plugin.models_fit(host)) == [
+        "model 'one' does not fit instance 'a': it is too large; the nearest that fits:"
+        " vllm_instance_dtype: half and vllm_instance_max_model_len: 1024 and 2 dies in its"
+        " 'dies'.",
+        "model 'two' does not fit instance 'b': it is too large; no setting makes it fit; choose a"
+        " smaller model.",
+    ]

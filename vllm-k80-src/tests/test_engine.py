@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from vllm_k80 import selftest
+from vllm_k80.model import of_gguf
 from vllm_k80.quantization.gguf_file import extract_metadata
 from vllm_k80.serve import metadata_cache
 
@@ -57,7 +58,9 @@ def refused(*a, **k): raise AssertionError("torch's own linear layer was called 
 import vllm.model_executor.layers.utils as utils
 utils.default_unquantized_gemm = refused
 outputs = engine.generate(prompts, sampling, use_tqdm=False)
+tensors = [*runner.get_model().parameters(), *runner.get_model().buffers()]
 print("RESULT " + json.dumps({
+    "bytes": sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values()),
     "layers": layers, "calls": ops.CALLS, "dtype": str(runner.dtype),
     "cache": str(runner.kv_caches[0].dtype), "last_step": step,
     "tokens": [list(o.outputs[0].token_ids) for o in outputs],
@@ -107,6 +110,7 @@ def test_every_layer_of_smollm2_goes_through_our_operators(smollm2: Path) -> Non
     assert calls["rms_norm"] == steps
     assert calls.get("linear", 0) == 0
     assert (result["dtype"], result["cache"]) == ("torch.float32", "torch.float32")
+    assert of_gguf(smollm2, "auto").loaded == pytest.approx(result["bytes"], rel=0.001)
 
 
 def test_an_unquantized_model_goes_through_our_operators(tiny: Path) -> None:

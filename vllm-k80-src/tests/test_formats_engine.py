@@ -30,6 +30,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 )
 from vllm.scalar_type import scalar_types
 
+from vllm_k80 import memory, plan
 from vllm_k80.quantization import k80
 
 pytestmark = pytest.mark.engine
@@ -150,6 +151,23 @@ FORMATS: dict[str, tuple[Quantize, dict[str, Any]]] = {
     ),
 }
 ON_THE_FLY = ("k80-w4", "k80-w8", "k80-f16")
+# Changes of CONFIG, and options: loaded without a file of weights, for the memory that they take.
+PLAIN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a tied Qwen2 with biases, FP16": (
+        {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 250}
+        | {"tie_word_embeddings": True, "num_key_value_heads": 1},
+        {"dtype": "half"},
+    ),
+    "a Qwen3 with norms of heads": (
+        {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 64},
+        {},
+    ),
+    "a Llama with biases and lengthened positions": (
+        {"attention_bias": True, "mlp_bias": True, "vocab_size": 250}
+        | {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+        {},
+    ),
+}
 
 # The types that llama.cpp's presets give to tensors whose names begin so, the last that fits; "" is
 # all others. Of a layer, v and down, which K-quants hurt most, get more bits in some.
@@ -182,17 +200,32 @@ import json, os, sys
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from vllm import LLM, SamplingParams
 from vllm_k80 import ops
+from vllm_k80.worker import kv_cache_bytes
 jobs, prompt, tokens = json.loads(sys.argv[1])
 sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
 results = {}
 for name, options in jobs.items():
-    engine = LLM(max_model_len=64, max_num_seqs=2, skip_tokenizer_init=True, **options)
+    options |= {"max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 2048}
+    engine = LLM(skip_tokenizer_init=True, **options)
     ops.CALLS.clear()
     [output] = engine.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
-    model = engine.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    worker = engine.llm_engine.model_executor.driver_worker.worker
+    runner = worker.model_runner
+    model = runner.get_model()
+    tensors = [*model.parameters(), *model.buffers()]
+    loaded = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
+    specs = runner.get_kv_cache_spec().values()
+    cache = sum(spec.page_size_bytes / spec.block_size for spec in specs)
     parts = {n: (str(b.dtype), b.data_ptr()) for n, b in model.named_buffers(remove_duplicate=False)
              if "weight_" in n}
-    results[name] = [list(output.outputs[0].token_ids), dict(ops.CALLS), parts]
+    try:
+        kv_cache_bytes(worker, 40_000)
+        refusal = None
+    except ValueError as error:
+        refusal = str(error)
+    budgets = kv_cache_bytes(worker), kv_cache_bytes(worker, 1 << 30), refusal
+    allocated = sum(loaded.values()), cache, *budgets
+    results[name] = [list(output.outputs[0].token_ids), dict(ops.CALLS), parts, allocated]
 print("RESULT " + json.dumps(results))
 """
 
@@ -306,7 +339,8 @@ def _gguf(name: str, directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """For each format: tokens expected, tokens, calls of operators, tensors of the model."""
+    """For each model: tokens expected, tokens, calls of operators, tensors of the model; bytes of
+    them, of a token's KV cache and for the cache; and what the engine was given."""
     root = tmp_path_factory.mktemp("formats")
     torch.manual_seed(37)
     jobs, expected = {}, {}
@@ -330,6 +364,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             tokens = _expected(*_gguf(name, root / name))
         jobs[name] = {"model": str(root / name / "model.gguf"), "hf_config_path": str(root / name)}
         expected[name] = tokens
+    for name, (changes, options) in PLAIN.items():
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(json.dumps(CONFIG | changes))
+        jobs[name] = {"model": str(root / name), "load_format": "dummy"} | options
+        expected[name] = None
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps([jobs, PROMPT, TOKENS])],
         capture_output=True,
@@ -340,12 +379,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
     found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-    return {name: [expected[name], *found[name]] for name in jobs}
+    return {name: [expected[name], *found[name], jobs[name]] for name in jobs}
 
 
 @pytest.mark.parametrize("name", [*FORMATS, *ON_THE_FLY])
 def test_tokens_are_those_of_the_dequantized_checkpoint(name: str, results: dict[str, Any]) -> None:
-    expected, tokens, calls, _ = results[name]
+    expected, tokens, calls, *_ = results[name]
     assert tokens == expected
     assert len(set(tokens)) > 1
     bits = 8 if "8" in name.removeprefix("k80") else 4
@@ -360,7 +399,7 @@ def test_tokens_are_those_of_the_dequantized_checkpoint(name: str, results: dict
 
 @pytest.mark.parametrize("name", GGUF_FILES)
 def test_tokens_are_those_of_the_dequantized_gguf_file(name: str, results: dict[str, Any]) -> None:
-    expected, tokens, calls, _ = results[name]
+    expected, tokens, calls, *_ = results[name]
     assert tokens == expected
     assert len(set(tokens)) > 1
     products = {key: calls.get(key, 0) for key in ("linear", "linear_w4", "linear_w8")}
@@ -369,7 +408,7 @@ def test_tokens_are_those_of_the_dequantized_gguf_file(name: str, results: dict[
 
 
 def test_a_tied_head_shares_the_narrowed_embeddings(results: dict[str, Any]) -> None:
-    _, _, calls, parts = results["k80-w4"]
+    _, _, calls, parts, *_ = results["k80-w4"]
     assert calls["linear_w8"] == calls["embedding_w8"] == TOKENS
     head, embeddings = parts["lm_head.qweight_0"], parts["model.embed_tokens.qweight_0"]
     assert head == embeddings
@@ -379,3 +418,26 @@ def test_a_tied_head_shares_the_narrowed_embeddings(results: dict[str, Any]) -> 
 def test_f16_is_stored_as_fp16(results: dict[str, Any]) -> None:
     dtypes = {dtype for dtype, _ in results["k80-f16"][3].values()}
     assert dtypes == {"torch.float16"}
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *ON_THE_FLY, *PLAIN])
+def test_what_is_planned_is_what_is_allocated(name: str, results: dict[str, Any]) -> None:
+    *_, (loaded, cache, budget, profiled, refusal), options = results[name]
+    weights = {quantization: bits for bits, quantization in plan.WEIGHTS.items()}
+    settings = plan.Settings(
+        dtype=options.get("dtype", "auto"), weights=weights.get(options.get("quantization"))
+    )
+    model = plan.source(options["model"]).model(settings)
+    assert model.loaded == pytest.approx(loaded, rel=0.01)
+    assert model.cache_of_a_token == cache
+    # The worker gives the KV cache what was planned; less where a profiling run has found less.
+    limits = memory.Limits(tokens=2048, sequences=2)
+    assert budget == pytest.approx(memory.left(model, limits), rel=0.001)
+    assert profiled == 1 << 30
+    if cache * 64 > 40_000:
+        assert refusal.startswith(f"{name} does not fit: one sequence of 64 tokens needs 0.00 GB")
+        assert refusal.endswith(
+            "The nearest that fits: --dtype half (FP16 activations and KV cache)."
+        )
+    else:
+        assert refusal is None

@@ -82,7 +82,7 @@ def test_serve_refuses_settings_in_one_line(
     variable: str, value: str, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     done = subprocess.run(
         [sys.executable, "-m", "vllm_k80.cli", "serve", str(tmp_path)],
         capture_output=True,

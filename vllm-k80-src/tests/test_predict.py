@@ -154,7 +154,16 @@ def test_a_gguf_file_is_judged_by_its_tensors(smollm2: Path) -> None:
         predict.Weight(576, 1536, "w4_f16", 32),
     ]
     # The embedding is the head too, in Q8_0.
-    assert (of.head, of.embedding) == (predict.Weight(49152, 576, "w8_f16", 32), 0)
+    assert (of.head, of.embedding) == (predict.Weight(49152, 576, "w8_f16", 32), None)
+
+
+def test_zero_points_beside_int8_are_a_product_more() -> None:
+    plain, zeros = (predict.Weight(4096, 4096, kind, 128) for kind in ("w8_f16", "w8m_f16"))
+    minimums = predict.Weight(4096, 32, "f16")
+    for rows in (1, 8, 2048):
+        more = predict.product_us(zeros, rows) - predict.product_us(plain, rows)
+        launches = 3 * predict.COSTS["launch_us"]
+        assert more == pytest.approx(predict.product_us(minimums, rows) + launches)
 
 
 def test_a_minimum_beside_int8_is_a_product_more() -> None:
@@ -169,6 +178,13 @@ def test_bf16_is_judged_as_it_is_loaded(tmp_path: Path) -> None:
     write(tmp_path, torch_dtype="bfloat16")
     assert predict.of_directory(tmp_path, "auto", None).head.kind == "f32"
     assert predict.of_directory(tmp_path, "half", None).head.kind == "f16"
+
+
+def test_a_quantized_checkpoint_is_as_fast_as_its_layout(tmp_path: Path) -> None:
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}
+    quantized = model(tmp_path, None, quantization_config=settings)
+    assert quantized.format == "INT4, group 128"
+    assert predict.decode(quantized, 1, 2048) == predict.decode(model(tmp_path), 1, 2048)
 
 
 # ---- what is said
@@ -214,8 +230,8 @@ def test_it_needs_neither_torch_nor_vllm(tmp_path: Path) -> None:
     [
         ({"architectures": ["GPT2LMHeadModel"]}, [], "architecture GPT2LMHeadModel cannot"),
         ({"architectures": ...}, [], "architecture .none. cannot be judged"),
-        ({"quantization_config": {"quant_method": "gptq"}}, [], "quantization gptq is not judged"),
-        ({"quantization_config": "awq"}, [], "quantization awq is not judged"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, [], "GPTQ of 3 bits is not"),
+        ({"quantization_config": "awq"}, [], "AWQ of None bits is not served"),
         ({"hidden_size": ...}, [], "hidden_size is None; a whole number above 0 is needed"),
         ({"hidden_size": "4096"}, [], "hidden_size is '4096'"),
         ({"torch_dtype": "float8"}, [], "torch_dtype is float8; float16, .* Say --dtype half"),

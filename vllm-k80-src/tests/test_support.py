@@ -56,7 +56,7 @@ def test_what_is_not_served_is_refused_with_reason_and_alternative(name: str) ->
 
 def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["support"]) == 0
-    served, refused = capsys.readouterr().out.split("Not served:")
+    served, refused = capsys.readouterr().out.split("Quantizations refused:")
     for name, method in methods.METHODS.items():
         line = next(
             line
@@ -74,7 +74,7 @@ def test_the_table_needs_neither_torch_nor_vllm() -> None:
         "from vllm_k80 import cli; cli.main(['support'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "Not served:" in done.stdout, done.stderr
+    assert "Quantizations refused:" in done.stdout, done.stderr
 
 
 GROUP = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}}
@@ -91,6 +91,12 @@ def with_group(**changes: Any) -> dict[str, Any]:
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
+
+
+def write_config(directory: Path, quantization: dict[str, Any]) -> None:
+    """A config.json of a Llama that is quantized so."""
+    config = {"architectures": ["LlamaForCausalLM"], "quantization_config": quantization}
+    (directory / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +123,7 @@ def test_variants_that_are_not_served_are_refused_by_config_and_command(
 ) -> None:
     with pytest.raises(ValueError, match=rf"{message}.* not served.*Use "):
         OURS[config["quant_method"]].from_config(config)
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    write_config(tmp_path, config)
     with pytest.raises(UserError, match=rf"^{tmp_path}: .*{message}"):
         serve.server_arguments(str(tmp_path), [])
 
@@ -125,7 +131,7 @@ def test_variants_that_are_not_served_are_refused_by_config_and_command(
 @pytest.mark.parametrize("config", [GPTQ, AWQ, with_group(), GPTQ | {"bits": 8}])
 def test_variants_that_are_served_pass(config: dict[str, Any], tmp_path: Path) -> None:
     OURS[config["quant_method"]].from_config(config)
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    write_config(tmp_path, config)
     assert serve.server_arguments(str(tmp_path), [])[:2] == ["serve", str(tmp_path)]
 
 
@@ -157,7 +163,7 @@ def test_a_flag_for_what_is_not_served_is_refused_in_one_line(
 
 
 def test_quantizing_what_is_quantized_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": GPTQ}))
+    write_config(tmp_path, GPTQ)
     with pytest.raises(UserError, match=r"quantized already, by gptq\. Leave --quantization out"):
         serve.server_arguments(str(tmp_path), ["--quantization", "k80-w4"])
 

@@ -60,11 +60,91 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--json", action="store_true", help="for programs")
 
+    plan = commands.add_parser(
+        "plan",
+        help="whether a model fits on K80 dies, and what to change where it does not",
+        description="Plan the memory of K80 dies for a model, by its configuration alone. "
+        "Exits with 1 if the model does not fit or is not served.",
+    )
+    plan.add_argument(
+        "model", help="a GGUF file, a directory with a config.json, or OWNER/NAME on a hub"
+    )
+    plan.add_argument(
+        "--dies", type=int, default=1, metavar="N", help="that share it (%(default)s)"
+    )
+    plan.add_argument("--context", type=int, metavar="N", help="tokens (default: the model's own)")
+    plan.add_argument(
+        "--concurrency",
+        type=int,
+        default=1,
+        metavar="N",
+        help="sequences of that context that must fit at once (%(default)s)",
+    )
+    plan.add_argument(
+        "--dtype",
+        choices=("auto", "half", "float16", "float", "float32"),
+        default="auto",
+        help="as of `vllm serve`",
+    )
+    plan.add_argument(
+        "--weights",
+        choices=("int4", "int8", "fp16"),
+        help="as `vllm serve --quantization k80-w4`, k80-w8 or k80-f16 would load them",
+    )
+    for flag, kind, default in (
+        ("--gpu-memory-utilization", float, 0.9),
+        ("--max-num-seqs", int, 256),
+        ("--max-num-batched-tokens", int, 2048),
+    ):
+        help_ = "as of `vllm serve` (%(default)s)"
+        plan.add_argument(flag, type=kind, default=default, metavar="N", help=help_)
+    plan.add_argument("--revision", default="main", help="of a model on a hub (%(default)s)")
+    plan.add_argument(
+        "--endpoint",
+        default="",
+        metavar="URL",
+        help="of the hub (default: HF_ENDPOINT, or huggingface.co); its token is in HF_TOKEN",
+    )
+    plan.add_argument(
+        "--timeout", type=float, default=20, metavar="S", help="for the hub (%(default)g)"
+    )
+    plan.add_argument("--json", action="store_true", help="for programs")
+
     commands.add_parser("selftest", help="run a tiny known model on this die and compare")
     info = commands.add_parser("info", help="what this installation consists of and runs on")
     info.add_argument("--json", action="store_true", help="for programs")
-    commands.add_parser("support", help="which quantizations are served, and what to use instead")
+    commands.add_parser(
+        "support", help="which architectures and quantizations are served, and what to use instead"
+    )
     return parser
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from vllm_k80 import memory, plan
+
+    answer, fits = plan.run(
+        plan.source(
+            arguments.model,
+            revision=arguments.revision,
+            endpoint=arguments.endpoint,
+            timeout=arguments.timeout,
+        ),
+        plan.Settings(
+            context=arguments.context,
+            concurrency=arguments.concurrency,
+            dtype=arguments.dtype,
+            weights=arguments.weights,
+            dies=arguments.dies,
+            limits=memory.Limits(
+                utilization=arguments.gpu_memory_utilization,
+                tokens=arguments.max_num_batched_tokens,
+                sequences=arguments.max_num_seqs,
+            ),
+        ),
+        as_json=arguments.json,
+    )
+    print(answer)
+    return 0 if fits else 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,6 +168,8 @@ def main(argv: list[str] | None = None) -> int:
 
                 given = arguments.context, arguments.batch, arguments.dtype, arguments.weights
                 print(predict.run(arguments.model, *given, as_json=arguments.json))
+            case "plan":
+                return _plan(arguments)
             case "selftest":
                 from vllm_k80 import selftest
 
@@ -97,9 +179,10 @@ def main(argv: list[str] | None = None) -> int:
 
                 info.show(as_json=arguments.json)
             case "support":
+                from vllm_k80 import architectures
                 from vllm_k80.quantization import methods
 
-                print(methods.table())
+                print(architectures.table(), "", methods.table(), sep="\n")
     except UserError as error:
         print(f"vllm-k80: {error}", file=sys.stderr)
         return 1

@@ -69,23 +69,64 @@ def backend_refusal(capability: Capability, backend: str | None) -> str | None:
     )
 
 
-def kv_cache_bytes(total: int, utilization: float, weights: int, activations: int) -> int:
-    """Bytes of a die left for the KV cache.
+def bytes_left(total: int, utilization: float, weights: int, work: int) -> int:
+    """Bytes of a die left for the KV cache; below 0 where that much is lacking.
 
     Args:
         total: memory of the die in bytes.
         utilization: share of it that may be used (``--gpu-memory-utilization``).
-        weights, activations: bytes taken by them.
+        weights: bytes taken by them. work: by all else, the sum of `work_bytes`.
+    """
+    return int(total * utilization) - weights - work
+
+
+def kv_cache_bytes(total: int, utilization: float, weights: int, activations: int) -> int:
+    """`bytes_left`, where something is.
 
     Raises:
         ValueError: nothing is left.
     """
-    left = int(total * utilization) - weights - activations
+    left = bytes_left(total, utilization, weights, activations)
     if left <= 0:
         mib = 1024**2
         raise ValueError(
             f"The model does not fit on a die: weights take {weights // mib} MiB and activations "
             f"{activations // mib} MiB of {int(total * utilization) // mib} MiB. Use a smaller or "
-            f"a quantized model, or lower --max-num-batched-tokens."
+            f"a quantized model, or lower --max-num-seqs or --max-num-batched-tokens."
         )
     return left
+
+
+# Assumed: CUDA's context, and the machine code and work spaces of torch, cuBLAS and our kernels.
+_CONTEXT = 300 * 1024**2
+# What weights are dequantized into for a prefill step, FP32 (ops/kernels.py, _TILE_ELEMENTS).
+_TILE = 4 * (1 << 23)
+# vLLM's sampler with top-k and top-p (v1/sample/ops/topk_topp_sampler.py), bytes a logit: the
+# model's output and its FP32 copy, their sort with INT64 indices, as much again while it sorts.
+_SAMPLING = 4 + 4 + 2 * (4 + 8)
+# A step's floats a token, at most: residual, input and its FP32 copy; in the widest layer a product
+# of two parts, and what is made of these.
+_HIDDEN, _INNER = 2, 3
+
+
+def work_bytes(
+    *, tokens: int, sequences: int, vocabulary: int, hidden: int, widest: int
+) -> dict[str, int]:
+    """What a die needs beside weights and KV cache, in bytes by part.
+
+    The parts are not all needed at the same time. Their sum leaves torch's allocator room for
+    fragments, so that a server does not die of one after hours.
+
+    Args:
+        tokens: of a prefill step (``--max-num-batched-tokens``).
+        sequences: whose next tokens are chosen together (``--max-num-seqs``).
+        vocabulary: of the whole model, for each die gets all logits.
+        hidden: of an activation between layers. widest: of a die's part of the feed-forward layer
+            or of all heads, whichever is more.
+    """
+    return {
+        "context": _CONTEXT,
+        "tile": _TILE,
+        "activations": 4 * tokens * (_HIDDEN * hidden + _INNER * widest),
+        "sampling": _SAMPLING * min(sequences, tokens) * vocabulary,
+    }

@@ -55,7 +55,7 @@ def fuse(model: torch.nn.Module) -> None:
             product = module.packed_weights[0].product(module.bias, getattr(module, "gated", False))
             module.forward = _forward(product)
         # torch keeps children apart, and looks there last. Python finds them here at once.
-        module.__dict__.update(module.named_children())
+        module.__dict__ = dict(module.named_children()) | module.__dict__
 
 
 def _is_plain(layer: torch.nn.Module) -> bool:
@@ -76,9 +76,8 @@ def _forward(product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Te
 
 
 def _replace(module: torch.nn.Module, name: str, function: Callable[..., Any]) -> None:
-    """Let ``module`` call a function where it had a child."""
-    delattr(module, name)  # which torch asks for: a child is replaced by children only
-    setattr(module, name, function)
+    """Let ``module`` call a function where it has a child, which stays among its children."""
+    module.__dict__[name] = function
 
 
 def _same(x: Tensor) -> Tensor:

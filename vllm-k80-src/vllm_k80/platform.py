@@ -5,13 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from vllm.logger import init_logger
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 
-from vllm_k80 import device
+from vllm_k80 import architectures, device
 from vllm_k80.quantization import methods
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
+
+logger = init_logger("vllm.k80.platform")
 
 HAS_GPU = torch.cuda.is_available()
 _DEVICE_TYPE = "cuda" if HAS_GPU else "cpu"
@@ -158,6 +161,7 @@ class K80Platform(Platform):
         graphs.configure(vllm_config, HAS_GPU)
 
         if vllm_config.model_config is not None:
+            check_architecture(vllm_config.model_config.hf_config)
             vllm_config.model_config.disable_cascade_attn = True
             if vllm_config.model_config.dtype == torch.bfloat16:
                 raise ValueError(
@@ -172,6 +176,23 @@ class K80Platform(Platform):
         if parallel.worker_cls == "auto":
             parallel.worker_cls = f"vllm_k80.worker.{'K80Worker' if HAS_GPU else 'ReferenceWorker'}"
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+
+
+def check_architecture(config: Any) -> None:
+    """Refuse a model that is not served, and say of one that no test here runs that it is so.
+
+    Args:
+        config: transformers' configuration, with the user's overrides.
+    """
+    settings = config.to_dict()
+    if refusal := architectures.refusal(settings):
+        raise ValueError(refusal)
+    if architectures.state(settings) is architectures.State.UNPROVEN:
+        logger.warning_once(
+            "Architecture %s should be served rightly, but no test has proven it on a K80's "
+            "operators. Compare its answers with another engine's before you rely on them.",
+            config.architectures[0],
+        )
 
 
 def _refuse_backend(name: str | None) -> None:

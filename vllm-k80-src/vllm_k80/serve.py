@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from vllm_k80 import architectures
 from vllm_k80.errors import UserError
 from vllm_k80.quantization import methods
 
@@ -23,7 +24,7 @@ def metadata_cache() -> Path:
     return Path(named) if named else Path(tempfile.gettempdir()) / f"vllm-k80-{os.getuid()}"
 
 
-def _check_quantization(model: str, flags: list[str]) -> None:
+def _check_model(model: str, flags: list[str]) -> None:
     """Refuse what the engine would refuse too, but later and among its own words.
 
     Args:
@@ -31,11 +32,15 @@ def _check_quantization(model: str, flags: list[str]) -> None:
         flags: of ``vllm serve``.
 
     Raises:
-        UserError: a quantization that is not served, or one on top of another.
+        UserError: an architecture or a quantization that is not served, or one quantization on
+            top of another.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--quantization", "-q")
-    asked = parser.parse_known_args(flags)[0].quantization
+    for flag in ("--hf-overrides", "--hf-config-path"):
+        parser.add_argument(flag)
+    given = parser.parse_known_args(flags)[0]
+    asked = given.quantization
     if asked and (refusal := methods.refusal(asked.lower())):
         raise UserError(refusal)
     try:
@@ -44,6 +49,13 @@ def _check_quantization(model: str, flags: list[str]) -> None:
         return
     except ValueError as error:
         raise UserError(f"{model}/config.json is damaged: {error}.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{model}/config.json is damaged: it does not hold a JSON object.")
+    # With these flags it is not this configuration that counts; the engine judges the one that is.
+    if not (given.hf_overrides or given.hf_config_path) and (
+        refusal := architectures.refusal(config)
+    ):
+        raise UserError(f"{model}: {refusal}")
     quantized = config.get("quantization_config") or config.get("compression_config")
     if not quantized:
         return
@@ -65,7 +77,7 @@ def server_arguments(model: str, rest: list[str]) -> list[str]:
         UserError: a path that does not exist, or a checkpoint that cannot be served.
     """
     path = Path(model)
-    _check_quantization(model, rest)
+    _check_model(model, rest)
     given = {flag.split("=")[0] for flag in rest}
     arguments = ["serve", model, *rest, "--middleware", MIDDLEWARE]
     if path.suffix == ".gguf":

@@ -5,14 +5,18 @@ for a CUDA device is replaced; scheduling, batching, sampling and the model are 
 """
 
 import os
+from pathlib import Path
 
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.utils import set_random_seed
+from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
 
-from vllm_k80 import device, fusion, graphs
+from vllm_k80 import device, fusion, graphs, plan
+from vllm_k80.errors import UserError
+from vllm_k80.memory import Limits
 from vllm_k80.platform import K80Platform, cpu_kv_cache_limit
 
 logger = init_logger("vllm.k80.worker")
@@ -20,8 +24,85 @@ logger = init_logger("vllm.k80.worker")
 _SMX_OF_A_DIE = 13  # GK210 as it is on a K80
 
 
+def kv_cache_bytes(worker: Worker, profiled: int | None = None) -> int:
+    """Bytes for the KV cache, by the account of `vllm-k80 plan` and the weights that are loaded.
+
+    Args:
+        worker: with its model loaded. profiled: what upstream's run on the die has found left.
+
+    Raises:
+        ValueError: no sequence of the longest context fits; it names the nearest choice that does.
+    """
+    model, parallel, cache = worker.model_config, worker.parallel_config, worker.cache_config
+    scheduler, text = worker.scheduler_config, worker.model_config.hf_text_config
+    loaded = worker.model_runner.get_model()
+    tensors = {
+        tensor.data_ptr(): tensor.numel() * tensor.element_size()
+        for tensor in (*loaded.parameters(), *loaded.buffers())
+    }
+    hidden = model.get_hidden_size()
+    names = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+    inner = next((size for name in names if (size := getattr(text, name, None))), 4 * hidden)
+    if not isinstance(inner, int):  # a number for each layer
+        inner = max(inner)
+    width = model.get_num_attention_heads(parallel) * model.get_head_size()
+    limits = Limits(
+        K80Platform.get_device_total_memory(),
+        cache.gpu_memory_utilization,
+        scheduler.max_num_batched_tokens,
+        scheduler.max_num_seqs,
+    )
+    work = device.work_bytes(
+        tokens=limits.tokens,
+        sequences=limits.sequences,
+        vocabulary=model.get_vocab_size(),
+        hidden=hidden,
+        widest=max(inner // parallel.tensor_parallel_size, width),
+    )
+    left = device.bytes_left(
+        limits.total, limits.utilization, sum(tensors.values()), sum(work.values())
+    )
+    left = left if profiled is None else min(left, profiled)
+    needed = max_memory_usage_bytes(worker.vllm_config, worker.get_kv_cache_spec().values())
+    if left < needed:
+        raise ValueError(_refusal(worker, limits, left, needed))
+    return left
+
+
+def _refusal(worker: Worker, limits: Limits, left: int, needed: int) -> str:
+    model = worker.model_config
+    path, quantization = Path(model.model), model.quantization
+    settings = plan.Settings(
+        context=model.max_model_len,
+        dtype="half" if model.dtype == torch.float16 else "float",
+        weights={name: bits for bits, name in plan.WEIGHTS.items()}.get(quantization),
+        dies=worker.parallel_config.tensor_parallel_size,
+        limits=limits,
+    )
+    try:
+        if path.suffix == ".gguf":
+            source = plan.source(str(path))
+        else:
+            source = plan.Source(path.name, model.model, model.hf_config.to_dict())
+        if said := plan.refusal(source, settings, left):
+            return said
+    except UserError:  # a build that the plan does not know
+        pass
+    return (
+        f"{path.name} does not fit: a sequence of {model.max_model_len:,} tokens needs "
+        f"{needed / 1e9:.2f} GB of KV cache, and {max(left, 0) / 1e9:.2f} GB are left. Lower "
+        f"--max-model-len or --max-num-seqs, or use a quantized checkpoint."
+    )
+
+
 class K80Worker(Worker):
-    """`Worker`, with CUDA graphs only on a die that replays them rightly."""
+    """`Worker`, with CUDA graphs only on a die that replays them rightly.
+
+    Of memory it takes what was planned, or less where upstream's profiling run finds less.
+    """
+
+    def determine_available_memory(self) -> int:
+        return kv_cache_bytes(self, super().determine_available_memory())
 
     def init_device(self) -> None:
         super().init_device()
@@ -74,22 +155,7 @@ class ReferenceWorker(Worker):
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache: what a die would have, within what the host may spend."""
-        model = self.model_runner.get_model()
-        tensors = {
-            tensor.data_ptr(): tensor.numel() * tensor.element_size()
-            for group in (model.parameters(), model.buffers())
-            for tensor in group
-        }
-        # The largest activation by far is the output of the language model head, in FP32.
-        rows = min(self.scheduler_config.max_num_seqs, self.scheduler_config.max_num_batched_tokens)
-        activations = 4 * rows * self.model_config.get_vocab_size()
-        budget = device.kv_cache_bytes(
-            K80Platform.get_device_total_memory(),
-            self.cache_config.gpu_memory_utilization,
-            sum(tensors.values()),
-            activations,
-        )
-        return min(budget, cpu_kv_cache_limit())
+        return min(kv_cache_bytes(self), cpu_kv_cache_limit())
 
     def compile_or_warm_up_model(self) -> None:
         set_random_seed(self.model_config.seed)

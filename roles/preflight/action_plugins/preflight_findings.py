@@ -18,9 +18,19 @@ defaults; and what the module k80_host saw on the host. They change nothing.
 
 from __future__ import annotations
 
+import argparse
+import base64
+import binascii
 import difflib
+import json
+import os
 import re
+import shlex
+import subprocess
+import sys
+import tempfile
 import time
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +48,11 @@ CHECKS: list[tuple[str, Check]] = []
 
 # The last branch of NVIDIA's driver that knows the K80.
 DRIVER_BRANCH = 470
+
+# The Python package of this project, which plans what fits on a die.
+PACKAGE = Path(__file__).resolve().parents[3] / "vllm-k80-src"
+# Bytes at the beginning of a GGUF file in which its header is; a vocabulary takes most of it.
+GGUF_HEAD = 1 << 24
 
 
 class Warn(str):
@@ -90,6 +105,8 @@ class Host:
         self.groups = {*variables["group_names"], "k80"}
         # What is wrong with models, by their names; found on the server.
         self.model_faults: dict[str, str] = {}
+        # What `vllm-k80 plan` says against instances: their names, their model, and its answer.
+        self.plans: list[tuple[list[str], str, dict[str, Any]]] = []
         # What k80_host saw there.
         self.seen: dict[str, Any] = {}
         self.facts: dict[str, Any] = variables["ansible_facts"]
@@ -180,10 +197,24 @@ class Host:
                 "dies": self._addresses(instance.get("dies")),
                 "model": str(instance.get("model") or model),
                 "port": self._port(instance.get("port") or base_port + index),
+                "flags": self._flags(instance.get("extra_args")),
             }
             for index, instance in enumerate(wanted)
             if isinstance(instance, dict)
         ]
+
+    def _flags(self, own: Any) -> list[str]:
+        """The flags of `vllm serve` for an instance, as the role vllm_instance gives them."""
+        flags = ["--dtype", self.get("vllm_instance_dtype", str) or "auto"]
+        share = self.get("vllm_instance_gpu_memory_utilization", float)
+        flags += ["--gpu-memory-utilization", str(share)] if share else []
+        longest = self.get("vllm_instance_max_model_len", int)
+        flags += ["--max-model-len", str(longest)] if longest else []
+        more = [
+            *self.get("vllm_instance_extra_args", list),
+            *(own if isinstance(own, list) else []),
+        ]
+        return [*flags, *map(str, more)]
 
     @staticmethod
     def _addresses(dies: Any) -> list[str]:
@@ -710,6 +741,37 @@ def models_can_be_had(host: Host) -> Iterator[str]:
         yield f"model '{name}': {fault}; correct its entry in vllm_model_catalogue or the server."
 
 
+# What a choice of `vllm-k80 plan` is in an inventory.
+CHOICES = {
+    "max_model_len": "vllm_instance_max_model_len: {}",
+    "dtype": "vllm_instance_dtype: {}",
+    "gpu_memory_utilization": "vllm_instance_gpu_memory_utilization: {}",
+    "quantization": "--quantization {} in extra_args",
+    "max_num_seqs": "--max-num-seqs {} in extra_args",
+    "tensor_parallel_size": "{} dies in its 'dies'",
+}
+
+
+@check("k80_servers")
+def models_fit(host: Host) -> Iterator[str]:
+    for names, model, plan in host.plans:
+        if plan["fits"]:
+            continue
+        if not plan["served"]:
+            yield f"model '{model}': {plan['lacking']}"
+            continue
+        quoted = " and ".join(f"'{name}'" for name in names)
+        choice = plan["choices"][0] if plan["choices"] else None
+        advice = "no setting makes it fit; choose a smaller model"
+        if choice:
+            settings = " and ".join(CHOICES[name].format(value) for name, value in choice.items())
+            advice = f"the nearest that fits: {settings}"
+        yield (
+            f"model '{model}' does not fit instance{'s' * (len(names) > 1)} {quoted}:"
+            f" {plan['lacking']}; {advice}."
+        )
+
+
 @check("k80")
 def ports_are_free_of_each_other(host: Host) -> Iterator[str]:
     users = defaultdict(list)
@@ -820,6 +882,57 @@ def repository_of(host: Host, name: str) -> tuple[str, str]:
     return str(whole.get("uri") or host.get(name, str)).rstrip("/"), suite
 
 
+def plan_flags(instance: dict[str, Any]) -> list[str] | None:
+    """Flags of `vllm-k80 plan` for an instance; None for settings that it does not know."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    dies = str(max(1, len(instance["dies"])))
+    for flag in ("--dtype", "--max-num-seqs", "--max-num-batched-tokens", "--max-model-len"):
+        parser.add_argument(flag)
+    parser.add_argument("--gpu-memory-utilization")
+    parser.add_argument("--quantization", "-q")
+    parser.add_argument("--tensor-parallel-size", "-tp", default=dies)
+    parser.add_argument("--pipeline-parallel-size", "-pp")
+    try:
+        given, _ = parser.parse_known_args(instance["flags"])
+    except argparse.ArgumentError:
+        return None
+    if given.pipeline_parallel_size:
+        return None
+    weights = {"k80-w4": "int4", "k80-w8": "int8", "k80-f16": "fp16"}.get(given.quantization)
+    told = {
+        "--dies": given.tensor_parallel_size,
+        "--dtype": given.dtype,
+        "--context": given.max_model_len,
+        "--weights": weights,
+        "--max-num-seqs": given.max_num_seqs,
+        "--max-num-batched-tokens": given.max_num_batched_tokens,
+        "--gpu-memory-utilization": given.gpu_memory_utilization,
+    }
+    return [word for flag, value in told.items() if value for word in (flag, value)]
+
+
+def plan(model: str, flags: list[str], token: str) -> dict[str, Any] | None:
+    """The answer of `vllm-k80 plan`, from this machine's copy of the package.
+
+    None where it could not tell: what keeps an answer from it is the matter of other checks.
+    """
+    command = [sys.executable, "-m", "vllm_k80.cli", "plan", model, *flags]
+    try:
+        done = subprocess.run(
+            [*command, "--timeout", "10", "--json"],
+            cwd=PACKAGE,
+            env=os.environ | {"PYTHONPATH": str(PACKAGE), "HF_TOKEN": token},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        answer = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
+    return answer if isinstance(answer, dict) and "fits" in answer else None
+
+
 def told_of(host: Host) -> Iterator[str]:
     for group, function in CHECKS:
         if group in host.groups:
@@ -849,7 +962,8 @@ class ActionModule(ActionBase):
             return seen
         host.seen = seen
         if "k80_servers" in host.groups:
-            host.model_faults = self._model_faults(host, variables)
+            host.model_faults, placed = self._models(host, variables)
+            host.plans = self._plans(host, variables, placed)
         told = list(told_of(host))
         return {
             "changed": False,
@@ -872,9 +986,12 @@ class ActionModule(ActionBase):
         }
         return self._execute_module("k80_host", arguments, task_vars=variables)
 
-    def _model_faults(self, host: Host, variables: dict[str, Any]) -> dict[str, str]:
-        """What the module that will put the models in place says against them."""
-        faults = {}
+    def _models(
+        self, host: Host, variables: dict[str, Any]
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """What the module that will put the models in place says against them, and where those
+        are that are there: a directory, or a GGUF file."""
+        faults, placed = {}, {}
         planned = 0
         for name, source in host.models().items():
             arguments = {
@@ -888,5 +1005,65 @@ class ActionModule(ActionBase):
             result = self._execute_module("vllm_model_store", arguments, task_vars=variables)
             if result.get("failed"):
                 faults[name] = result["msg"].removeprefix(f"Model {name}: ").rstrip(".")
+            elif not result["changed"]:
+                file = result["model"]["serve_path"].removeprefix(f"/models/{name}")
+                placed[name] = result["model"]["host_path"] + file
             planned += result.get("bytes", 0)
-        return faults
+        return faults, placed
+
+    def _plans(
+        self, host: Host, variables: dict[str, Any], placed: dict[str, str]
+    ) -> list[tuple[list[str], str, dict[str, Any]]]:
+        """What `vllm-k80 plan` says of the instances' models, as far as something tells of them:
+        the files that are on the host, or the hub."""
+        alike = defaultdict(list)
+        for instance in host.instances():
+            flags = plan_flags(instance)
+            if flags is not None and instance["model"] not in host.model_faults:
+                alike[instance["model"], tuple(flags)].append(instance["name"])
+        plans = []
+        token = host.get("vllm_model_hub_token", str)
+        with tempfile.TemporaryDirectory() as directory:
+            for (name, flags), instances in alike.items():
+                source = host.models().get(name)
+                if name in placed:
+                    model = self._described(placed[name], Path(directory) / name, variables)
+                    where = []
+                elif isinstance(source, dict) and source.get("source") == "hub":
+                    if source.get("files"):  # GGUF, whose repositories do not tell what is in them
+                        continue
+                    model = str(source["repository"])
+                    where = ["--revision", str(source["revision"])]
+                    where += ["--endpoint", host.get("vllm_model_hub_endpoint", str)]
+                else:
+                    continue
+                answer = plan(model, [*flags, *where], token) if model else None
+                if answer:
+                    # What was read here is there.
+                    if name in placed and "lacking" in answer:
+                        answer["lacking"] = str(answer["lacking"]).replace(model, placed[name])
+                    plans.append((instances, name, answer))
+        return plans
+
+    def _described(self, path: str, copy: Path, variables: dict[str, Any]) -> str:
+        """A copy of what tells of a model on the host, without its weights; empty if there is none.
+
+        The copy is a directory with a config.json, or the head of a GGUF file.
+        """
+        is_gguf = path.endswith(".gguf")
+        if is_gguf:
+            copy = copy.with_name(f"{copy.name}.gguf")
+        else:
+            copy.mkdir(exist_ok=True)
+        target = copy if is_gguf else copy / "config.json"
+        if not target.exists():
+            read = shlex.quote(path if is_gguf else f"{path}/config.json")
+            command = f"head -c {GGUF_HEAD} {read} | gzip -c | base64"
+            told = self._low_level_execute_command(command)
+            try:
+                # A terminal on the way may have changed the ends of the lines.
+                packed = base64.b64decode("".join(told["stdout"].split()), validate=True)
+                target.write_bytes(zlib.decompress(packed, wbits=zlib.MAX_WBITS | 16))
+            except (binascii.Error, zlib.error, OSError):
+                return ""
+        return str(copy)

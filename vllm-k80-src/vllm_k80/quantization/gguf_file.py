@@ -8,15 +8,14 @@ several times, and each time the whole header is parsed: over a minute for a voc
 import contextlib
 import functools
 import hashlib
-import mmap
 import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vllm_k80 import architectures
 from vllm_k80.errors import UserError
 
 SUPPORTED_TYPES = (
@@ -59,55 +58,6 @@ def shared_reader() -> Iterator[None]:
         gguf.GGUFReader = real
 
 
-# Bytes of a value of each type of metadata, by the type's number; strings and arrays apart.
-_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_STRING, _ARRAY = 8, 9
-
-
-def tensor_names(path: str) -> set[str]:
-    """Names of a GGUF file's tensors, read without making anything of its metadata.
-
-    `gguf.GGUFReader` makes objects of each token first: 6 s for 49,152 of them on an x86 server.
-    Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, little-endian.
-    """
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        position = 8  # behind magic and version
-
-        def number(form: str) -> int:
-            (value,) = struct.unpack_from(form, data, skip(struct.calcsize(form)))
-            return int(value)
-
-        def skip(size: int) -> int:
-            nonlocal position
-            start, position = position, position + size
-            return start
-
-        def skip_value(kind: int) -> None:
-            if kind == _STRING:
-                skip(number("<Q"))
-            elif kind == _ARRAY:
-                kind, count = number("<I"), number("<Q")
-                if kind in _WIDTHS:
-                    skip(count * _WIDTHS[kind])
-                else:
-                    for _ in range(count):
-                        skip_value(kind)
-            else:
-                skip(_WIDTHS[kind])
-
-        tensors, fields = number("<Q"), number("<Q")
-        for _ in range(fields):
-            skip_value(_STRING)  # its name
-            skip_value(number("<I"))
-        names = set()
-        for _ in range(tensors):
-            length = number("<Q")
-            start = skip(length)
-            names.add(data[start : start + length].decode())
-            skip(8 * number("<I") + 4 + 8)  # dimensions, type and offset
-        return names
-
-
 def check_types(path: Path, reader: Any) -> None:
     """Refuse a file with tensors of types that no operator takes (UserError)."""
     unsupported = sorted(
@@ -118,6 +68,14 @@ def check_types(path: Path, reader: Any) -> None:
             f"{path}: tensors of type {', '.join(unsupported)} cannot be served; those of "
             f"{', '.join(SUPPORTED_TYPES)} can. Use a file quantized to {INSTEAD}."
         )
+
+
+def check_architecture(path: Path, reader: Any) -> None:
+    """Refuse a file of an architecture that is not served (UserError)."""
+    entry = reader.get_field("general.architecture")
+    name = "(none)" if entry is None else str(entry.contents())
+    if refusal := architectures.gguf_refusal(name):
+        raise UserError(f"{path}: {refusal}")
 
 
 def _mend_tokenizer(tokenizer: Any, reader: Any) -> Any:
@@ -191,6 +149,7 @@ def extract_metadata(path: Path, cache: Path) -> Path:
         with shared_reader():
             try:
                 reader = gguf.GGUFReader(path)
+                check_architecture(path, reader)
                 check_types(path, reader)
             except (ValueError, IndexError) as error:
                 raise UserError(f"{path} is damaged or of an unknown version: {error}.") from None

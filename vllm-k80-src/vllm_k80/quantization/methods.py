@@ -155,7 +155,7 @@ def checkpoint_refusal(config: Mapping[str, Any]) -> str | None:
 def table() -> str:
     """`METHODS` for a person to read."""
     lines = []
-    for served, title in ((True, "Served:"), (False, "Not served:")):
+    for served, title in ((True, "Quantizations served:"), (False, "Quantizations refused:")):
         lines.append(title)
         for name, method in METHODS.items():
             if method.served is served:

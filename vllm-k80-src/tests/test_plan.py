@@ -1,0 +1,526 @@
+"""``vllm-k80 plan``: sizes that are known, what is refused, what is proposed, and its table.
+
+That what is planned is what an engine allocates is tested where engines are started:
+test_formats_engine.py and test_engine.py.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from vllm_k80 import cli, device, memory, plan
+from vllm_k80.errors import NotServed, UserError
+from vllm_k80.model import Model, of_config
+from vllm_k80.quantization import gguf_header
+
+SOURCES = Path(__file__).parent.parent
+sys.path.insert(0, str(SOURCES / "tools"))
+
+import models_table  # noqa: E402
+
+CONFIGS = {model["name"]: model["config"] for model in models_table.MODELS}
+LLAMA_7B = CONFIGS["Llama 2 7B"]
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+
+
+def write(path: Path, config: dict[str, Any]) -> str:
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def model(config: dict[str, Any], **settings: Any) -> Model:
+    return of_config(config, name="model", where="config.json", **settings)
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(["plan", *arguments])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize("of", models_table.MODELS, ids=lambda of: of["name"])
+def test_parameters_are_those_of_the_published_model(of: dict[str, Any]) -> None:
+    wide = model(of["config"], dtype="float")
+    rotary = wide.longest * wide.head_size
+    assert wide.loaded == 4 * (of["parameters"] + rotary)
+
+
+def test_quantized_layers_are_counted_in_the_layout_of_the_kernels() -> None:
+    linear = 32 * 4096 * (4 * 4096 + 3 * 11008)
+    plain = model(LLAMA_7B).loaded - 2 * linear
+    # Scale and zero point, FP16, for 128 columns.
+    four = linear // 2 + linear // 128 * 4
+    for quantized in (GPTQ, AWQ, GPTQ | {"sym": False}):
+        of = model(LLAMA_7B | {"quantization_config": quantized})
+        assert (of.loaded, of.by_format["INT4"]) == (plain + four, four)
+    # 8 bits: an FP16 scale, and an FP32 minimum where there are zero points.
+    eight = GPTQ | {"bits": 8}
+    of = model(LLAMA_7B | {"quantization_config": eight})
+    assert of.loaded == plain + linear + linear // 128 * 2
+    of = model(LLAMA_7B | {"quantization_config": eight | {"sym": False}})
+    assert of.loaded == plain + linear + linear // 128 * 6
+    # A group larger than the kernels' repeats its scale.
+    of = model(LLAMA_7B | {"quantization_config": GPTQ | {"group_size": -1}})
+    assert of.loaded == plain + four
+
+
+def test_layers_that_a_quantized_checkpoint_leaves_alone_are_plain() -> None:
+    def kinds(quantized: dict[str, Any], layer: int) -> list[str]:
+        of = model(LLAMA_7B | {"quantization_config": quantized})
+        return [weight.kind for weight in of.layers[layer]]
+
+    rules = {"-:.*layers\\.0\\..*": {}, "+:.*down_proj": {"bits": 8}}
+    assert kinds(GPTQ | {"dynamic": rules}, 0) == ["f16"] * 4
+    assert kinds(GPTQ | {"dynamic": rules}, 1) == ["w4_f16"] * 3 + ["w8_f16"]
+    skipping = AWQ | {"modules_to_not_convert": ["layers.1.mlp"]}
+    assert kinds(skipping, 1) == ["w4_f16", "w4_f16", "f16", "f16"]
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+    compressed = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "ignore": ["lm_head", "re:.*self_attn.*"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+    assert kinds(compressed, 3) == ["f16", "f16", "w8_f16", "w8_f16"]
+
+
+def test_two_dies_have_half_each_but_for_what_both_need() -> None:
+    whole, half = model(LLAMA_7B), model(LLAMA_7B, dies=2)
+    both = 2 * (32 * 2 * 4096 + 4096 + 4096 * 128)  # norms, rotary cache
+    assert half.loaded - both == (whole.loaded - both) // 2
+    assert half.cache_of_a_token == whole.cache_of_a_token // 2
+    # One key head is not divided.
+    one = LLAMA_7B | {"num_key_value_heads": 1}
+    assert model(one, dies=2).cache_of_a_token == model(one).cache_of_a_token
+
+
+def test_the_vocabulary_is_padded_as_vllm_pads_it() -> None:
+    of = model(LLAMA_7B | {"vocab_size": 32001})
+    assert of.head.n == 32064
+    assert of.loaded - model(LLAMA_7B).loaded == 2 * 2 * 64 * 4096
+
+
+def test_positions_are_lengthened_by_some_kinds_of_scaling() -> None:
+    def longest(**scaling: Any) -> int:
+        return model(LLAMA_7B | {"rope_scaling": scaling}).longest
+
+    assert longest(type="linear", factor=2.0) == 8192
+    assert longest(rope_type="yarn", factor=4.0, original_max_position_embeddings=2048) == 8192
+    assert longest(rope_type="llama3", factor=8.0) == 4096
+
+
+def test_a_window_bounds_a_sequences_cache() -> None:
+    windowed = model(LLAMA_7B | {"sliding_window": 1024, "max_position_embeddings": 32768})
+    limits = memory.Limits(tokens=512)
+    assert memory.sequence_tokens(windowed, 32768, limits) == 1536 + 16
+    assert memory.sequence_tokens(windowed, 100, limits) == 112
+    assert memory.largest_context(windowed, 4000, 2, limits) == 32768
+    assert memory.largest_context(windowed, 1000, 1, limits) == 992
+
+
+def test_more_sequences_and_longer_steps_take_more_work_memory() -> None:
+    sizes = {"tokens": 2048, "sequences": 16, "vocabulary": 32000, "hidden": 4096, "widest": 11008}
+    before = device.work_bytes(**sizes)
+    assert before["activations"] == 4 * 2048 * (2 * 4096 + 3 * 11008)
+    assert device.work_bytes(**sizes | {"sequences": 32})["sampling"] == 2 * before["sampling"]
+    assert device.work_bytes(**sizes | {"tokens": 8})["sampling"] == before["sampling"] // 2
+
+
+def test_another_architecture_is_judged_by_its_files(tmp_path: Path) -> None:
+    gpt2 = {"architectures": ["GPT2LMHeadModel"], "n_embd": 768, "n_head": 12, "n_layer": 12}
+    gpt2 |= {"n_positions": 1024, "vocab_size": 50257, "torch_dtype": "float32"}
+    write(tmp_path, gpt2)
+    with pytest.raises(UserError, match="the architecture GPT2LMHeadModel cannot be judged"):
+        plan.judge(plan.source(str(tmp_path)), plan.Settings())
+    header = json.dumps(
+        {"__metadata__": {}, "a": {"shape": [50257, 768]}, "b": {"shape": [10]}}
+    ).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    result = plan.judge(plan.source(str(tmp_path)), plan.Settings(dtype="half"))
+    assert result["weights_bytes"] == 2 * (50257 * 768 + 10)
+    assert result["kv_cache_bytes_per_token"] == 12 * 2 * 768 * 2
+    assert (result["weights_from"], result["predicted"]) == ("sizes of the files", None)
+    file.write_bytes(b"cut off")
+    with pytest.raises(UserError, match=r"model\.safetensors is not a whole safetensors file"):
+        plan.source(str(tmp_path))
+
+
+# ---- GGUF
+
+
+def test_a_header_is_read_as_gguf_py_reads_it(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_context_length(4096)
+    writer.add_rope_freq_base(1e4)
+    writer.add_add_bos_token(True)
+    writer.add_token_list(["a", "é", ""])
+    writer.add_token_scores([0.5, -1.0, 0.0])
+    writer.add_token_types([1, 1, 3])
+    writer.add_tensor("output_norm.weight", np.ones(32, dtype=np.float32))
+    kind = gguf.GGMLQuantizationType.Q4_1
+    writer.add_tensor("output.weight", np.zeros((4, 40), dtype=np.uint8), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours, theirs = (read(tmp_path / "model.gguf") for read in (gguf_header.read, gguf.GGUFReader))
+    told = [(t.name, t.tensor_type.name, [*t.shape]) for t in ours.tensors]
+    assert told == [(t.name, t.tensor_type.name, t.shape.tolist()) for t in theirs.tensors]
+    assert told[1] == ("output.weight", "Q4_1", [64, 4])
+    for name, entry in theirs.fields.items():
+        if not name.startswith("GGUF."):
+            expected = 3 if name.endswith(".tokens") else entry.contents()
+            assert ours.fields[name] == expected, name
+
+
+def test_types_of_tensors_are_those_of_gguf_py() -> None:
+    known = {int(kind): kind for kind in gguf.GGMLQuantizationType}
+    for number, ours in gguf_header._TYPES.items():
+        sizes = gguf.GGML_QUANT_SIZES[known[number]]
+        assert (known[number].name, sizes) == (ours.name, (ours.elements, ours.bytes))
+
+
+def test_a_damaged_header_is_told(tmp_path: Path, smollm2: Path) -> None:
+    file = tmp_path / "model.gguf"
+    with smollm2.open("rb") as whole:
+        head = whole.read(1 << 16)
+    for damaged in (head, head[:4] + b"\xff" * 40, head[:30] + b"\xff" * 8 + head[38:]):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"model\.gguf is damaged or of an unknown version"):
+            gguf_header.read(file)
+
+
+def write_gguf(path: Path, kind: gguf.GGMLQuantizationType) -> str:
+    writer = gguf.GGUFWriter(path, "llama")
+    raw = np.zeros((4, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+    writer.add_tensor("token_embd.weight", raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+def test_a_gguf_file_on_two_dies(smollm2: Path) -> None:
+    with pytest.raises(NotServed, match="3 key heads cannot be shared by 2 dies"):
+        plan.judge(plan.source(str(smollm2)), plan.Settings(dies=2))
+
+
+# ---- what is said
+
+
+def test_it_says_what_fits_and_how_fast(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = answer(capsys, write(tmp_path, LLAMA_7B), "--weights", "int4")
+    assert (code, err) == (0, "")
+    assert "It fits." in out
+    assert "PREDICTED, not measured" in out
+    assert "A token takes 524,288 bytes of KV cache" in out
+    assert "Largest context: 4,096 tokens." in out
+    code, out, _ = answer(capsys, str(tmp_path), "--weights=int4", "--context=2048", "--json")
+    said = json.loads(out)
+    assert (code, said["fits"], said["choices"]) == (0, True, [])
+    assert said["usable_bytes"] == said["left_bytes"] + said["weights_bytes"] + sum(
+        said["work_bytes"].values()
+    )
+    most = said["largest_concurrency"]
+    assert most == said["kv_cache_tokens"] // 2048
+    assert [line["batch"] for line in said["predicted"]["decode"]][-1] <= most
+
+
+def test_the_plan_is_consistent_with_itself(tmp_path: Path) -> None:
+    """The largest that it names fits, and the next larger does not."""
+    found = plan.source(write(tmp_path, CONFIGS["Llama 3.1 8B"]))
+    settings = plan.Settings(context=2048, dtype="half", weights="int8")
+    result = plan.judge(found, settings)
+    for change, fits in (
+        ({"context": result["largest_context"]}, True),
+        ({"context": result["largest_context"] + 16}, False),
+        ({"concurrency": result["largest_concurrency"]}, True),
+        ({"concurrency": result["largest_concurrency"] + 1}, False),
+    ):
+        changed = plan.Settings(**{"context": 2048, "dtype": "half", "weights": "int8"} | change)
+        assert plan.judge(found, changed)["fits"] is fits, change
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "why", "nearest"),
+    [
+        ("Llama 3.1 8B", ["--dtype=half"], "weights take 16", "--quantization k80-w8 with "),
+        ("Llama 2 7B", [], "weights take 13", "--quantization k80-w8."),
+        ("Llama 2 7B", ["--weights=int8"], "", ""),
+        ("Llama 2 13B", ["--weights=int4"], "one sequence of 4,096 .* needs", "--max-model-len 32"),
+        ("Llama 2 7B", ["--weights=int4", "--concurrency=3"], "3 sequences", "--max-model-len 38"),
+        (
+            "Qwen3 14B",
+            ["--weights=int4", "--dtype=half", "--context=2048"],
+            "",
+            "--max-num-seqs 16",
+        ),
+        ("SmolLM2 1.7B", ["--dtype=half"], "", ""),
+        ("Llama 2 7B", ["--dies=2"], "", ""),
+        ("Qwen3 4B", ["--context=1024"], "weights take 16", "--dtype half"),
+        (
+            "Llama 2 7B",
+            ["--weights=int4", "--gpu-memory-utilization=0.3"],
+            "weights take 3",
+            "--gpu-memory-utilization 0.9",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_told_with_the_nearest_that_does(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    arguments: list[str],
+    why: str,
+    nearest: str,
+) -> None:
+    code, out, err = answer(capsys, write(tmp_path, CONFIGS[name]), *arguments)
+    assert err == ""
+    if not why and not nearest:
+        assert (code, out.splitlines()[-1]) == (0, "It fits.")
+        return
+    assert code == 1
+    assert re.search(rf"It does not fit: .*{why}.*The nearest that fits: {nearest}", out), out
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_choice_does_fit(name: str) -> None:
+    found = plan.Source(name, name, CONFIGS[name])
+    settings = plan.as_served(found, plan.Settings(concurrency=40))
+    if plan.lacking(found.model(settings), settings) is None:
+        return
+    choices = list(plan.choices(found, settings))
+    assert choices
+    for choice in choices:
+        assert plan.lacking(found.model(choice), choice) is None
+        assert plan.changed(settings, choice)
+
+
+def test_too_large_for_anything() -> None:
+    huge = LLAMA_7B | {"num_hidden_layers": 320}
+    result = plan.judge(plan.Source("huge", "huge", huge), plan.Settings())
+    assert (result["fits"], result["choices"]) == (False, [])
+    assert "No setting makes it fit; choose a smaller model." in plan.text(result)
+
+
+def test_what_was_measured_counts_where_it_is_less_than_planned() -> None:
+    found = plan.Source("Llama", "Llama", LLAMA_7B)
+    settings = plan.Settings(weights="int4")
+    left = memory.left(found.model(settings), settings.limits)
+    assert plan.refusal(found, settings, left) is None
+    said = plan.refusal(found, settings, 1 << 30)
+    assert said is not None
+    assert said.startswith("Llama does not fit: one sequence of 4,096 tokens needs 2.15 GB")
+    assert "1.07 GB are left" in said
+    assert said.endswith("The nearest that fits: --max-model-len 2032.")
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "said"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, [], "MixtralForCausalLM is not served .* Use"),
+        ({"quantization_config": {"quant_method": "fp8"}}, [], "fp8 is not served .* Use"),
+        ({"quantization_config": GPTQ | {"bits": 3}}, [], "GPTQ of 3 bits is not served"),
+        ({"quantization_config": AWQ | {"version": "gemv"}}, [], "AWQ packed for gemv"),
+        ({"quantization_config": GPTQ}, ["--weights=int4"], "quantized already. Leave k80-w4 out"),
+        (
+            {"quantization_config": GPTQ | {"group_size": 100}},
+            [],
+            "4096 columns on each die do not divide into groups of 100",
+        ),
+        (
+            {"quantization_config": GPTQ | {"desc_act": True}},
+            ["--dies=2"],
+            "reordered columns .* cannot be split",
+        ),
+        ({"num_attention_heads": 31, "head_dim": 128}, ["--dies=2"], "31 heads cannot be shared"),
+        ({"quantization_config": {"quant_method": "gptq"}}, [], "GPTQ of None bits"),
+        ({"quantization_config": GPTQ | {"dynamic": {"(": {}}}}, [], "has something odd"),
+        ({"quantization_config": GPTQ | {"group_size": "128"}}, [], "odd .*group size '128'"),
+        ({}, ["--context=5000"], "made for 4096 tokens at most"),
+        ({}, ["--dies=0"], "--dies 0: it must be at least 1"),
+        ({}, ["--max-num-seqs=0"], "--max-num-seqs 0: it must be at least 1"),
+        ({}, ["--gpu-memory-utilization=1.5"], "1.5: above 0, at most 1"),
+        ({}, ["--concurrency=300"], "--concurrency 300: --max-num-seqs allows 256"),
+    ],
+)
+def test_refusals_are_one_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    arguments: list[str],
+    said: str,
+) -> None:
+    code, out, err = answer(capsys, write(tmp_path, LLAMA_7B | changes), *arguments)
+    assert (code, out) == (1, "")
+    assert re.search(said, err), err
+    assert err.count("\n") == 1
+
+
+def test_a_program_learns_what_is_not_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, LLAMA_7B | {"architectures": ["MambaForCausalLM"]})
+    code, out, err = answer(capsys, str(tmp_path), "--json")
+    said = json.loads(out)
+    assert (code, err, said["fits"], said["served"]) == (1, "", False, False)
+    assert "MambaForCausalLM is not served" in said["lacking"]
+
+
+def test_gguf_files_that_are_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_gguf(tmp_path / "model.gguf", gguf.GGMLQuantizationType.IQ4_NL)
+    assert "tensors of type IQ4_NL cannot be served" in answer(capsys, path)[2]
+    assert "--weights is for checkpoints" in answer(capsys, path, "--weights=int4")[2]
+    # A directory with one GGUF file is that file.
+    assert "tensors of type IQ4_NL" in answer(capsys, str(tmp_path))[2]
+    write_gguf(tmp_path / "second.gguf", gguf.GGMLQuantizationType.IQ4_NL)
+    assert "neither a config.json nor one GGUF file" in answer(capsys, str(tmp_path))[2]
+    said = answer(capsys, str(tmp_path / "nothing"))[2]
+    assert "is neither a GGUF file nor a directory nor a name of the form OWNER/NAME" in said
+
+
+# ---- a hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """One public model, one gated, one of GGUF files, and answers that are none."""
+
+    def do_GET(self) -> None:
+        files = {"config.json": 700, "model.safetensors": 16_000_000_000}
+        gated = self.path.startswith(("/api/models/org/gated", "/org/gated"))
+        if gated and self.headers.get("Authorization") != "Bearer secret":
+            self.send_error(401)
+        elif self.path == "/api/models/org/ggufs/revision/main?blobs=true":
+            self.send({"siblings": [{"rfilename": "a.gguf", "size": 5}]})
+        elif self.path == "/api/models/org/odd/revision/main?blobs=true":
+            self.send([])
+        elif re.fullmatch("/api/models/org/(model|gated)/revision/main.blobs=true", self.path):
+            listed = [{"rfilename": name, "size": size} for name, size in files.items()]
+            self.send({"siblings": listed})
+        elif re.fullmatch("/org/(model|gated)/resolve/main/config.json", self.path):
+            self.send(CONFIGS["Llama 3.1 8B"])
+        else:
+            self.send_error(404)
+
+    def send(self, content: Any) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_model_of_a_hub_is_judged_before_it_is_fetched(
+    hub: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    code, out, _ = answer(capsys, "org/model", "--endpoint", hub, "--dtype=half", "--json")
+    said = json.loads(out)
+    assert (code, said["fits"]) == (1, False)
+    # 8 billion parameters, and the rotary embedding's cache.
+    assert said["weights_bytes"] == 2 * (8_030_261_248 + 131072 * 128)
+    assert said["choices"][0]["quantization"] == "k80-w8"
+    monkeypatch.setenv("HF_ENDPOINT", hub)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    code, out, _ = answer(capsys, "org/gated", "--weights=int4", "--dtype=half", "--context=2048")
+    assert (code, out.splitlines()[-1]) == (0, "It fits.")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("org/gated", "shows no org/gated at main .401 .*that HF_TOKEN may read it"),
+        ("org/nothing", "shows no org/nothing at main .404 .*check the spelling"),
+        ("org/ggufs", "has no config.json to judge it by. Name a GGUF file of it, once it is here"),
+        ("org/odd", "does not tell files and configuration of org/odd"),
+    ],
+)
+def test_a_hub_that_does_not_tell_is_told(
+    hub: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    said: str,
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    code, out, err = answer(capsys, name, "--endpoint", hub)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert re.search(said, err), err
+
+
+def test_a_hub_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    said = answer(capsys, "org/model", "--endpoint", "http://127.0.0.1:9")[2]
+    assert re.search(r"127\.0\.0\.1:9 cannot be reached: .*name a mirror with --endpoint", said)
+    said = answer(capsys, "org/model", "--endpoint", "file:///etc")[2]
+    assert "is no address of a hub" in said
+
+
+# ---- where it runs
+
+
+def test_it_needs_nothing_but_python_and_the_sources(tmp_path: Path, smollm2: Path) -> None:
+    """-S leaves out every installed package, numpy and gguf included."""
+    write(tmp_path, LLAMA_7B)
+    for path in (tmp_path, smollm2):
+        done = subprocess.run(
+            [sys.executable, "-S", "-m", "vllm_k80.cli", "plan", path, "--json"],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(SOURCES), "PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stderr == ""
+        assert json.loads(done.stdout)["served"] is True
+
+
+# ---- the table
+
+
+def test_the_documents_table_is_what_the_command_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert models_table.main() == 0, "make models-table writes it anew"
+    copy = tmp_path / "models.md"
+    copy.write_text(
+        models_table.DOCUMENT.read_text().replace("| Llama", "| LLama").replace("0", "1")
+    )
+    monkeypatch.setattr(models_table, "DOCUMENT", copy)
+    monkeypatch.setattr(sys, "argv", ["models_table.py"])
+    assert models_table.main() == 1
+    assert "make models-table" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["models_table.py", "--write"])
+    assert models_table.main() == 0
+    assert models_table.table() in copy.read_text()
