@@ -32,8 +32,9 @@ def test_verdict(broken: bool) -> None:
     code = "import sys; from vllm_k80 import cli; "
     if broken:
         code += (
-            "from vllm_k80.layers import K80SiluAndMul as layer; forward = layer.forward_oot; "
-            "layer.forward_oot = lambda self, x: forward(self, x) * 1.01; "
+            "from vllm_k80 import layers; product = layers.unquantized_gemm; "
+            "layers.unquantized_gemm = lambda layer, *x: "
+            "product(layer, *x) * (1.01 if hasattr(layer, 'gated') else 1); "
         )
     code += "sys.exit(cli.main(['selftest']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

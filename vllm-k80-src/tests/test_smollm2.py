@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_k80.ops import k80
 from vllm_k80.quantization.gguf_file import extract_metadata, shared_reader
 from vllm_k80.serve import metadata_cache
 
@@ -64,14 +65,13 @@ def engine(gguf: Path) -> None:
         return llm.generate(PROMPTS, sampling, use_tqdm=False)
 
     plain = generate(TOKENS)
-    namespace = torch.ops.vllm_k80
-    real = namespace.varlen_attention
+    real = k80.varlen_attention
 
     def near_sighted(*args: Any) -> None:
         """A query does not see farther back than four keys."""
         real(*args[:7], 4, *args[8:])
 
-    namespace.varlen_attention = near_sighted
+    k80.varlen_attention = near_sighted
     broken = generate(TOKENS // 4)
     result = {
         "prompts": [list(output.prompt_token_ids) for output in plain],
