@@ -38,7 +38,8 @@ demo-clean: venv ## Remove the demo's server, its built image and its keys
 test: checks test-molecule ## Checks, tests and the main scenarios (needs Docker; about an hour)
 
 .PHONY: test-all
-test-all: checks ## The same, other distributions, and a server without a way out
+test-all: checks ## The same, all model families, other distributions, and a server without a way out
+	@$(MAKE) test-models
 	@pytest tests -m molecule --capture=no
 
 # Each shows its output when it has ended: none of them alone keeps two cores busy.
@@ -62,7 +63,12 @@ test-unit: venv ## Tests of the roles' checks, of the inventory and of the tools
 .PHONY: test-package
 test-package: venv ## Tests of vllm_k80, in the Python environment of the image
 	@tools/package-env
-	@cd vllm-k80-src && ../build/py311/bin/python -m pytest
+	@cd vllm-k80-src && ../build/py311/bin/python -m pytest -m 'not models'
+
+.PHONY: test-models
+test-models: venv ## Every proven family of models, against Hugging Face; test-package has a part of them
+	@tools/package-env
+	@cd vllm-k80-src && ../build/py311/bin/python -m pytest tests/test_models.py
 
 .PHONY: test-package-fast
 test-package-fast: venv ## Those of them that start no engine and build no wheel
