@@ -51,7 +51,8 @@ test-servers: venv
 	@$(MAKE) test-molecule
 
 .PHONY: test-all
-test-all: test ## The same, and a server without a way out
+test-all: test ## The same, all model families, and a server without a way out
+	@$(MAKE) test-models
 	@pytest tests -m more --capture=no
 
 .PHONY: test-fast
@@ -70,7 +71,12 @@ test-unit: venv ## Tests of the roles' checks, of the inventory and of the tools
 .PHONY: test-package
 test-package: venv ## Tests of vllm_k80, in the Python environment of the image
 	@tools/package-env
-	@cd vllm-k80-src && ../build/py311/bin/python -m pytest
+	@cd vllm-k80-src && ../build/py311/bin/python -m pytest -m 'not models'
+
+.PHONY: test-models
+test-models: venv ## Every proven family of models, against Hugging Face; test-package has a part of them
+	@tools/package-env
+	@cd vllm-k80-src && ../build/py311/bin/python -m pytest tests/test_models.py
 
 .PHONY: test-package-fast
 test-package-fast: venv ## Those of them that start no engine and build no wheel

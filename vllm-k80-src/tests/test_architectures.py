@@ -86,6 +86,10 @@ def test_states() -> None:
         ({"hidden_size": 3200}, "heads of size 100"),
         ({"rope_scaling": {"type": "deepseek_yarn"}}, "rope scaling of kind deepseek_yarn"),
         ({"rope_scaling": {"rope_type": "mrope"}}, "rope scaling of kind mrope"),
+        (
+            {"architectures": ["StableLmForCausalLM"], "qk_layernorm": True},
+            "qk_layernorm, which vLLM 0.10.1.1 does not read",
+        ),
         ({"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters, in which transformers 5"),
         (
             {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "llama3", "factor": 8.0}},

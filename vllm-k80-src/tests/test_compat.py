@@ -120,3 +120,15 @@ def test_every_torch_name_that_vllm_uses_for_serving_resolves() -> None:
     code = "\n".join(f"import {name}" for name in modules)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_fp16_on_the_cpu_is_computed_in_fp32_and_rounded_once() -> None:
+    x = torch.randn(3, 8).half()
+    weight, bias = torch.randn(8).half(), torch.randn(8).half()
+    norm = torch.nn.LayerNorm(8)
+    norm.weight.data, norm.bias.data = weight.float(), bias.float()
+    expected = norm(x.float()).half()
+    assert torch.equal(norm.half()(x), expected)
+    for layer in (torch.nn.SiLU(), torch.nn.GELU(), torch.nn.GELU("tanh"), torch.nn.ReLU()):
+        assert torch.equal(layer(x), layer(x.float()).half())
+        assert layer(x.double()).dtype is torch.float64

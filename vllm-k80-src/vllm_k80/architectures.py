@@ -73,8 +73,8 @@ _REFUSED: tuple[tuple[str, str, str], ...] = (
         "MiniMaxForCausalLM MiniMaxM1ForCausalLM MiniMaxText01ForCausalLM",
     ),
     (
-        "a tower for images, sound or video: it and what is computed for it do not fit beside "
-        "a decoder in the 11 GiB of a die, and no test here runs one",
+        "a tower for images, sound or video: what prepares these is not installed, and in the 11 "
+        "GiB of a die a tower would take the place of the cache",
         _TEXT_ONLY,
         "AriaForConditionalGeneration AyaVisionForConditionalGeneration "
         "Blip2ForConditionalGeneration ChameleonForConditionalGeneration "
@@ -99,7 +99,8 @@ _REFUSED: tuple[tuple[str, str, str], ...] = (
         "VoxtralForConditionalGeneration",
     ),
     (
-        "a tower for images, which does not fit beside a decoder in the 11 GiB of a die",
+        "a tower for images: what prepares these is not installed, and in the 11 GiB of a die a "
+        "tower would take the place of the cache",
         "a Gemma3ForCausalLM, which has none",
         "Gemma3ForConditionalGeneration",
     ),
@@ -147,26 +148,36 @@ _REFUSED: tuple[tuple[str, str, str], ...] = (
 
 # What a test here compares with Hugging Face: architecture, and models of it.
 _PROVEN = {
-    "GPT2LMHeadModel": "GPT-2",
+    "FalconForCausalLM": "Falcon 7B and 40B (rotary), Falcon RW (ALiBi)",
+    "GPT2LMHeadModel": "GPT-2, DialoGPT",
     "GPTJForCausalLM": "GPT-J",
+    "GPTNeoXForCausalLM": "Pythia, GPT-NeoX",
+    "Gemma2ForCausalLM": "Gemma 2 (not with --dtype half: its values are too large for FP16)",
+    "Gemma3ForCausalLM": "Gemma 3 of text",
     "GemmaForCausalLM": "Gemma",
+    "GraniteForCausalLM": "Granite 3",
     "LlamaForCausalLM": "Llama 2, 3, 3.1 and 3.2, TinyLlama, SmolLM2",
+    "MistralForCausalLM": "Mistral 7B, Mistral Nemo",
+    "OPTForCausalLM": "OPT",
+    "Phi3ForCausalLM": "Phi-3, Phi-3.5-mini, Phi-4, Phi-4-mini, with their long contexts",
+    "PhiForCausalLM": "Phi-1.5, Phi-2",
+    "Qwen2ForCausalLM": "Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen",
+    "Qwen3ForCausalLM": "Qwen3",
+    "SmolLM3ForCausalLM": "SmolLM3",
+    "StableLmForCausalLM": "StableLM 3B, StableLM 2 1.6B",
 }
 
 _UNPROVEN = (
     "AquilaForCausalLM AquilaModel ArceeForCausalLM BaiChuanForCausalLM BaichuanForCausalLM "
     "ChatGLMForConditionalGeneration ChatGLMModel Cohere2ForCausalLM CohereForCausalLM "
     "DeciLMForCausalLM Ernie4_5ForCausalLM Exaone4ForCausalLM ExaoneForCausalLM "
-    "Fairseq2LlamaForCausalLM FalconForCausalLM GPTBigCodeForCausalLM GPTNeoXForCausalLM "
-    "Gemma2ForCausalLM Gemma3ForCausalLM Gemma3nForCausalLM Glm4ForCausalLM GlmForCausalLM "
-    "GraniteForCausalLM HunYuanDenseV1ForCausalLM InternLM2ForCausalLM InternLM3ForCausalLM "
+    "Fairseq2LlamaForCausalLM GPTBigCodeForCausalLM Gemma3nForCausalLM Glm4ForCausalLM "
+    "GlmForCausalLM HunYuanDenseV1ForCausalLM InternLM2ForCausalLM InternLM3ForCausalLM "
     "InternLMForCausalLM JAISLMHeadModel LLaMAForCausalLM MPTForCausalLM MiMoForCausalLM "
-    "MiniCPM3ForCausalLM MiniCPMForCausalLM MistralForCausalLM MptForCausalLM NemotronForCausalLM "
-    "OPTForCausalLM Olmo2ForCausalLM OlmoForCausalLM OrionForCausalLM PersimmonForCausalLM "
-    "Phi3ForCausalLM PhiForCausalLM QWenLMHeadModel Qwen2ForCausalLM Qwen3ForCausalLM "
-    "RWForCausalLM SmolLM3ForCausalLM SolarForCausalLM StableLMEpochForCausalLM "
-    "StableLmForCausalLM Starcoder2ForCausalLM TeleChat2ForCausalLM TeleFLMForCausalLM "
-    "TransformersForCausalLM XverseForCausalLM"
+    "MiniCPM3ForCausalLM MiniCPMForCausalLM MptForCausalLM NemotronForCausalLM "
+    "Olmo2ForCausalLM OlmoForCausalLM OrionForCausalLM PersimmonForCausalLM QWenLMHeadModel "
+    "RWForCausalLM SolarForCausalLM StableLMEpochForCausalLM Starcoder2ForCausalLM "
+    "TeleChat2ForCausalLM TeleFLMForCausalLM TransformersForCausalLM XverseForCausalLM"
 )
 
 
@@ -239,7 +250,7 @@ def refusal(config: Mapping[str, Any]) -> str | None:
         )
     if known.state is State.REFUSED:
         return f"Architecture {name} is not served on a K80 ({known.what}). Use {known.instead}."
-    for check in (_tower, _experts, _attention, _head_size, _rope):
+    for check in (_tower, _experts, _attention, _head_size, _rope, _unread):
         if found := check(config):
             what, instead = found
             return f"{name} with {what} is not served on a K80. {instead}"
@@ -325,6 +336,15 @@ def _rope(config: Mapping[str, Any]) -> _Found:
                 "rope_scaling,",
                 "Write these two into its config.json as before (theta, and the rest without it).",
             )
+    return None
+
+
+def _unread(config: Mapping[str, Any]) -> _Found:
+    if str(_name(config)).startswith("StableL"):
+        for key in ("qk_layernorm", "use_parallel_residual"):
+            if config.get(key):
+                # StableLM 2 12B. The answers would be nonsense.
+                return f"{key}, which vLLM 0.10.1.1 does not read,", "Use StableLM 2 1.6B."
     return None
 
 

@@ -123,7 +123,10 @@ class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
         self.scale = float(scale)
         self.window = sliding_window or 0
         self.soft_cap = logits_soft_cap or 0.0
-        self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes)
+        # Layers are made while the activations' dtype is torch's default.
+        self.alibi_slopes = (
+            None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
+        )
         self.shares_cache = kv_sharing_target_layer_name is not None
         self.rotation: Rotation | None = None
 

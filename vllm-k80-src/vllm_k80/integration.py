@@ -9,6 +9,7 @@ def install() -> None:
     import torch
     import vllm._custom_ops
     import vllm.model_executor.layers.linear
+    import vllm.model_executor.layers.rotary_embedding
     import vllm.model_executor.layers.vocab_parallel_embedding
     import vllm.model_executor.models.registry
     import vllm.utils
@@ -29,6 +30,10 @@ def install() -> None:
         vllm.model_executor.layers.vocab_parallel_embedding,
     ):
         module.dispatch_unquantized_gemm = dispatch_unquantized_gemm
+
+    # Not one of the custom operators, for which upstream has a hook.
+    rotary = vllm.model_executor.layers.rotary_embedding
+    rotary.Phi3LongRoPEScaledRotaryEmbedding = layers.K80LongRotaryEmbedding
 
     # Upstream takes its compiled operator wherever the logits are on a GPU; it is not built here.
     vllm._custom_ops.apply_repetition_penalties = vllm._custom_ops.apply_repetition_penalties_torch

@@ -1,7 +1,10 @@
 """vLLM's layers with our operators, through its hook for out-of-tree custom operators."""
 
+import math
+
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.activation import (
     FastGELU,
@@ -108,7 +111,7 @@ class Rotary:
 
 # vLLM looks a layer up by the name of its class, so each that differs from the first in its cache
 # alone is registered too. Those with a forward of their own are not: multimodal and vision models',
-# DeepSeek's, Phi-3's long context.
+# DeepSeek's.
 for _layer in (
     RotaryEmbedding,
     DynamicNTKAlphaRotaryEmbedding,
@@ -121,6 +124,51 @@ for _layer in (
     CustomOp.register_oot(name=_layer.__name__)(
         type(f"K80{_layer.__name__}", (Rotary, _layer), {"__doc__": Rotary.__doc__})
     )
+
+
+class K80LongRotaryEmbedding(_Rotary, RotaryEmbedding):
+    """Rotary embedding of Phi-3's long contexts, in the place of upstream's (`integration`).
+
+    A model has one list of factors for contexts up to its original length and one for longer ones.
+    Upstream takes the second in each step in which any sequence of the batch is longer, and the
+    cache keeps keys of earlier steps as the first list has turned them: with chunks of prefill and
+    shared prefixes, an answer depends on where a prompt was cut and who else was served. Here the
+    server's longest context decides, once, as in newer releases of vLLM.
+
+    Args: as upstream's class, whose formula this is (`LongRoPE <https://arxiv.org/abs/2402.13753>`_
+    gives the factors and the scale of cosine and sine).
+    """
+
+    def __init__(
+        self,
+        head_size: int,
+        rotary_dim: int,
+        max_position_embeddings: int,
+        original_max_position_embeddings: int,
+        base: float,
+        is_neox_style: bool,
+        dtype: torch.dtype,
+        short_factor: list[float],
+        long_factor: list[float],
+        short_mscale: float | None = None,
+        long_mscale: float | None = None,
+    ) -> None:
+        original = original_max_position_embeddings
+        longer = get_current_vllm_config().model_config.max_model_len > original
+        self.factors = long_factor if longer else short_factor
+        scale = long_mscale if longer else short_mscale
+        if scale is None:
+            ratio = max(1.0, max_position_embeddings / original)
+            scale = math.sqrt(1 + math.log(ratio) / math.log(original))
+        self.scale = scale
+        positions = max_position_embeddings if longer else original
+        super().__init__(head_size, rotary_dim, positions, base, is_neox_style, dtype)
+
+    def _compute_inv_freq(self, base: float) -> Tensor:
+        return super()._compute_inv_freq(base) / torch.tensor(self.factors)
+
+    def _compute_cos_sin_cache(self) -> Tensor:
+        return super()._compute_cos_sin_cache() * self.scale
 
 
 def unquantized_gemm(

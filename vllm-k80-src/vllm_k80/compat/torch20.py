@@ -331,6 +331,36 @@ def replace_inference_mode(torch: ModuleType) -> None:
     torch.inference_mode = inference_mode  # type: ignore[attr-defined]
 
 
+def add_half_on_cpu(torch: ModuleType) -> None:
+    """Functions of FP16 on the CPU (2.1), where there is no GPU: in FP32, and rounded once.
+
+    Models whose normalization or activation is torch's own call them with ``--dtype half``, which
+    is what an FP16 checkpoint gets: GPT-2, OPT, GPT-NeoX, Falcon, StableLM, SmolLM3. On a GPU torch
+    does the same by itself.
+    """
+    if torch.cuda.is_available():
+        return
+    half, tensor_type = torch.float16, torch.Tensor
+
+    def widened(real: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(real)
+        def function(input: Any, *args: Any, **kwargs: Any) -> Any:
+            if input.dtype is not half:
+                return real(input, *args, **kwargs)
+
+            def wide(value: Any) -> Any:
+                return value.float() if isinstance(value, tensor_type) else value
+
+            arguments = map(wide, args)
+            return real(wide(input), *arguments, **{k: wide(v) for k, v in kwargs.items()}).half()
+
+        return function
+
+    functional = torch.nn.functional
+    for name in ("layer_norm", "silu", "gelu", "relu"):
+        setattr(functional, name, widened(getattr(functional, name)))
+
+
 PIECES: tuple[Callable[[ModuleType], None], ...] = (
     add_compiler,
     add_dtypes,
@@ -342,4 +372,5 @@ PIECES: tuple[Callable[[ModuleType], None], ...] = (
     add_dynamo,
     add_load_state_dict_assign,
     replace_inference_mode,
+    add_half_on_cpu,
 )

@@ -151,6 +151,11 @@ class NarrowedParameter(ModelWeightParameter):
     def data(self) -> _Rows:
         return _Rows(self, 0, self.shape[0])
 
+    @property
+    def device(self) -> torch.device:
+        # Transformers' models, as vLLM runs them, get a new tensor for each parameter on "meta".
+        return self.weight.qweight.device
+
     def __getitem__(self, rows: slice) -> _Rows:
         start, stop, _ = rows.indices(self.shape[0])
         return _Rows(self, start, stop - start)

@@ -1,0 +1,496 @@
+"""Tiny checkpoints of the architectures that are proven: the tokens are Hugging Face's.
+
+Each has random weights and the settings that set its family apart: kinds of attention, position
+embeddings and normalization, biases, multipliers. Head sizes and factors are those of real models;
+windows and original contexts are shortened, so that a prompt of 41 tokens reaches beyond them.
+Prefill is in chunks of 16 tokens. Then the same prompts come again, from the prefix cache.
+
+The reference is Hugging Face's own model with eager attention, in FP32, on the very weights that
+the engine stores. It computes a whole sequence at once: no cache, no chunks.
+
+One engine takes seconds, all of them minutes: `make test-models`. A part is in every run, one of
+each kind of attention and of positions.
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from vllm_k80.quantization import k80
+from vllm_k80.quantization.packed import group_of_kernels
+
+pytestmark = pytest.mark.engine
+
+TOKENS = 5
+LONG = [(7 * i * i + 3 * i + 11) % 251 + 4 for i in range(41)]
+# The first 32 tokens of the longest are two blocks of cache, which the second shares.
+PROMPTS = [LONG, [*LONG[:33], 9, 8, 7], LONG[20:]]
+CACHED_AT_FIRST, CACHED_THEN = [0, 32, 0], [32, 32, 16]
+
+# How a checkpoint is stored: arguments of the engine, and how far a log-probability may be from the
+# reference's. FP16 activations are rounded, to 1 in 2048, by each operator; FP32's tell more.
+STORAGES: dict[str, tuple[dict[str, Any], float]] = {
+    "FP16": ({"dtype": "half"}, 0.1),
+    "W4": ({"dtype": "float32", "quantization": "k80-w4"}, 2e-3),
+}
+# vLLM refuses Gemma 2 with FP16 activations, for its values are too large.
+FP16_WEIGHTS = {"dtype": "float32", "quantization": "k80-f16"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny model.
+
+    Args:
+        config: name of transformers' class, without "Config".
+        settings: of that.
+        matter: settings that undo a feature of it. The engine's log-probabilities must not be those
+            of a reference with one of them, else the feature would not be tested.
+        engine: arguments of the engine.
+        reference: arguments of the reference's forward.
+    """
+
+    config: str
+    settings: dict[str, Any]
+    matter: tuple[dict[str, Any], ...] = ()
+    engine: dict[str, Any] = field(default_factory=dict)
+    reference: dict[str, Any] = field(default_factory=dict)
+
+
+def llama(**settings: Any) -> dict[str, Any]:
+    """What most have in common: grouped heads, RMS norms, rotary embedding, gated layers."""
+    common = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+    }
+    return {key: value for key, value in (common | settings).items() if value is not None}
+
+
+def llama3_rope(factor: float) -> dict[str, Any]:
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+
+
+def long_rope(pairs: int) -> dict[str, Any]:
+    """Factors that grow from 1 as Phi-3's do."""
+    return {
+        "type": "longrope",
+        "short_factor": [1.0 + 0.02 * i for i in range(pairs)],
+        "long_factor": [1.0 + 0.4 * i for i in range(pairs)],
+    }
+
+
+NO_ROPE_SCALING = {"rope_scaling": None}
+NO_WINDOW = {"sliding_window": None}
+GEMMA = {
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+}
+PHI3 = {"pad_token_id": 0, "resid_pdrop": 0.0}
+FALCON = {
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "alibi": False,
+    "bias": False,
+}
+
+FAMILIES = {
+    "Llama 2": Family("Llama", llama(num_key_value_heads=4, head_dim=128)),
+    "Llama 3": Family("Llama", llama(head_dim=128, rope_theta=500000.0)),
+    "Llama 3.1": Family(
+        "Llama",
+        llama(head_dim=128, rope_theta=500000.0, rope_scaling=llama3_rope(8.0)),
+        (NO_ROPE_SCALING,),
+    ),
+    "Llama 3.2": Family(
+        "Llama",
+        llama(
+            num_attention_heads=3,
+            rope_theta=500000.0,
+            rope_scaling=llama3_rope(32.0),
+            tie_word_embeddings=True,
+        ),
+        (NO_ROPE_SCALING,),
+    ),
+    "TinyLlama": Family("Llama", llama(num_attention_heads=8)),
+    "Mistral": Family("Mistral", llama(head_dim=128, sliding_window=16), (NO_WINDOW,)),
+    "Qwen2.5": Family("Qwen2", llama(hidden_size=448, num_attention_heads=7, rope_theta=1e6), ()),
+    "Qwen3": Family(
+        "Qwen3",
+        llama(head_dim=128, num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True),
+    ),
+    "Gemma 2": Family(
+        "Gemma2",
+        llama(
+            **GEMMA,
+            num_hidden_layers=3,
+            sliding_window=16,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=10.0,
+        ),
+        (
+            {"sliding_window": 4096},
+            {"attn_logit_softcapping": None},
+            {"final_logit_softcapping": None},
+        ),
+    ),
+    "Gemma 3": Family(
+        "Gemma3Text",
+        llama(
+            **GEMMA,
+            num_hidden_layers=6,
+            sliding_window=16,
+            rope_theta=1e6,
+            rope_local_base_freq=1e4,
+            rope_scaling={"rope_type": "linear", "factor": 8.0},
+        ),
+        ({"sliding_window": 4096}, {"rope_local_base_freq": 1e6}, NO_ROPE_SCALING),
+    ),
+    "Phi-3": Family(
+        "Phi3",
+        llama(**PHI3, hidden_size=384, head_dim=None, num_key_value_heads=4, sliding_window=16),
+        (NO_WINDOW,),
+    ),
+    "Phi-3 128k": Family(
+        "Phi3",
+        llama(
+            **PHI3,
+            hidden_size=384,
+            head_dim=None,
+            num_key_value_heads=4,
+            rope_scaling=long_rope(48),
+            original_max_position_embeddings=16,
+        ),
+    ),
+    "Phi-3 128k at 4k": Family(
+        "Phi3",
+        llama(
+            **PHI3,
+            hidden_size=384,
+            head_dim=None,
+            num_key_value_heads=4,
+            rope_scaling=long_rope(48),
+            max_position_embeddings=256,
+            original_max_position_embeddings=64,
+        ),
+        engine={"max_model_len": 64},
+    ),
+    "Phi-4": Family("Phi3", llama(**PHI3, hidden_size=512, head_dim=None, rope_theta=250000.0)),
+    "Phi-4-mini": Family(
+        "Phi3",
+        llama(
+            **PHI3,
+            hidden_size=384,
+            num_attention_heads=3,
+            head_dim=None,
+            partial_rotary_factor=0.75,
+            tie_word_embeddings=True,
+            rope_scaling=long_rope(48),
+            original_max_position_embeddings=16,
+        ),
+    ),
+    "Phi-2": Family(
+        "Phi",
+        {
+            "hidden_size": 320,
+            "intermediate_size": 1280,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "partial_rotary_factor": 0.4,
+            "max_position_embeddings": 128,
+        },
+    ),
+    "Granite": Family(
+        "Granite",
+        llama(
+            hidden_size=256,
+            head_dim=None,
+            embedding_multiplier=12.0,
+            logits_scaling=8.0,
+            residual_multiplier=0.22,
+            attention_multiplier=0.015625,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "SmolLM3": Family(
+        "SmolLM3",
+        llama(
+            hidden_size=256,
+            head_dim=None,
+            num_hidden_layers=4,
+            rope_theta=5e6,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+        ),
+    ),
+    "GPT-2": Family("GPT2", {"n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": 128}),
+    "OPT": Family(
+        "OPT",
+        {
+            "hidden_size": 128,
+            "ffn_dim": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "word_embed_proj_dim": 128,
+            "max_position_embeddings": 128,
+        },
+    ),
+    "OPT 350m": Family(
+        "OPT",
+        {
+            "hidden_size": 128,
+            "ffn_dim": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "word_embed_proj_dim": 64,
+            "do_layer_norm_before": False,
+            "max_position_embeddings": 128,
+        },
+    ),
+    "Pythia": Family(
+        "GPTNeoX",
+        {
+            "hidden_size": 320,
+            "intermediate_size": 640,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "rotary_pct": 0.25,
+            "max_position_embeddings": 128,
+        },
+        ({"use_parallel_residual": False},),
+    ),
+    "Falcon 7B": Family("Falcon", FALCON | {"multi_query": True, "parallel_attn": True}),
+    "Falcon 40B": Family("Falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "Falcon RW": Family(
+        "Falcon",
+        FALCON | {"alibi": True, "bias": True, "multi_query": False, "parallel_attn": False},
+        ({"alibi": False},),
+        # Without a mask of heads, transformers 4.55.4 with eager attention adds ALiBi twice: to the
+        # scores, and to the causal mask.
+        reference={"head_mask": torch.ones(2, 4)},
+    ),
+    "StableLM 3B": Family(
+        "StableLm",
+        llama(hidden_size=320, head_dim=None, num_key_value_heads=4, partial_rotary_factor=0.25),
+        ({"partial_rotary_factor": 0.5},),
+    ),
+    "StableLM 2": Family(
+        "StableLm",
+        llama(
+            hidden_size=256,
+            head_dim=None,
+            num_key_value_heads=4,
+            partial_rotary_factor=0.25,
+            use_qkv_bias=True,
+        ),
+    ),
+}
+
+# In every run; the others take minutes more.
+ALWAYS = {
+    ("Falcon RW", "FP16"),  # ALiBi
+    ("Gemma 3", "W4"),  # windows in some layers, two bases of rotary embedding
+    ("Llama 3.1", "FP16"),  # rope scaling
+    ("Mistral", "FP16"),  # windows in all layers
+    ("OPT", "FP16"),  # learned positions, torch's own normalization
+    ("Phi-3 128k", "W4"),  # factors of long contexts
+    ("Pythia", "W4"),  # a part of each head rotated
+    ("SmolLM3", "W4"),  # through transformers' own model, layers without positions
+}
+CASES = [
+    pytest.param(name, storage, marks=() if (name, storage) in ALWAYS else pytest.mark.models)
+    for name in FAMILIES
+    for storage in STORAGES
+]
+
+# All engines one after the other in one process: importing vLLM takes longer than a tiny model.
+RUN = """
+import gc, json, os, sys, traceback
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+from vllm import LLM, SamplingParams
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead, VocabParallelEmbedding)
+jobs, prompts, tokens = json.loads(sys.argv[1])
+prompts = [{"prompt_token_ids": prompt} for prompt in prompts]
+sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0)
+for key, options in jobs:
+    # vLLM collects garbage around the loading of a model: three times through all modules is most
+    # of the time of a tiny one.
+    gc.freeze()
+    try:
+        engine = LLM(skip_tokenizer_init=True, num_gpu_blocks_override=64, max_num_seqs=4,
+                     max_num_batched_tokens=16, **options)
+        runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
+        parts = [p for p in runner.get_model().modules() if isinstance(p, VocabParallelEmbedding)]
+        packed = {isinstance(p, ParallelLMHead): hasattr(p, "packed_weights") for p in parts}
+        runs = []
+        for _ in range(2):
+            outputs = engine.generate(prompts, sampling, use_tqdm=False)
+            runs.append([])
+            for output in outputs:
+                [best] = output.outputs
+                chosen = [at[token].logprob for token, at in zip(best.token_ids, best.logprobs)]
+                runs[-1].append([output.num_cached_tokens, list(best.token_ids), chosen])
+        vocabulary = [packed[False], packed.get(True, packed[False])]
+    except Exception:
+        runs, vocabulary = traceback.format_exc(), None
+    print("RESULT " + json.dumps([key, runs, vocabulary]))
+"""
+
+
+def make(family: Family, **changes: Any) -> nn.Module:
+    cls = getattr(transformers, f"{family.config}Config")
+    common = {"vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2}
+    config = cls(**common | family.settings | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return model.float().eval()
+
+
+def fill(model: nn.Module) -> None:
+    """Random weights, rounded to FP16, with which layers neither fade nor drown each other."""
+    for name, part in model.named_parameters():
+        if part.dim() == 1:
+            part.data += 0.1 * torch.randn_like(part)
+        else:
+            columns = part.shape[0] if "c_" in name else part.shape[1]
+            part.data = torch.randn_like(part) * 1.5 / columns**0.5
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    # A tied head would tell of the last token and of little else.
+    head.data *= 0.6 if head is embeddings else 2
+    for part in model.parameters():
+        part.data = part.data.half().float()
+
+
+@torch.no_grad()
+def narrow(model: nn.Module, embeddings: bool, head: bool) -> None:
+    """Replace the weights by what `k80-w4` stores of them.
+
+    Args:
+        embeddings, head: whether it narrows these; upstream gives those of some models none of the
+            quantization.
+    """
+    vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())
+    linear = [part for part in model.modules() if isinstance(part, nn.Linear | Conv1D)]
+    done = set()  # a tied head's weight is there once
+    for part in (*vocabulary, *linear):
+        if id(part.weight) in done:
+            continue
+        done.add(id(part.weight))
+        if part in vocabulary and not (embeddings, head)[vocabulary.index(part)]:
+            continue
+        transposed = isinstance(part, Conv1D)
+        rows = part.weight.t().contiguous() if transposed else part.weight
+        pack = k80.quantize_w8 if part in vocabulary else k80.quantize_w4
+        packed = pack(rows, group_of_kernels(rows.shape[1]))
+        wide = packed.linear(torch.eye(rows.shape[1]))
+        part.weight.data = wide if transposed else wide.t().contiguous()
+
+
+@torch.no_grad()
+def judge(
+    family: Family, model: nn.Module, prompt: list[int], tokens: list[int]
+) -> tuple[list[float], list[float]]:
+    """What the reference holds of tokens that an engine has generated.
+
+    Returns:
+        For each its log-probability, and by how much its logit is below that of the best.
+    """
+    ids = torch.tensor([prompt + tokens])
+    logits = model(ids, use_cache=False, **family.reference).logits[0, len(prompt) - 1 : -1]
+    chosen = torch.tensor(tokens)[:, None]
+    logprobs = logits.log_softmax(-1).gather(1, chosen)
+    behind = logits.amax(-1, keepdim=True) - logits.gather(1, chosen)
+    return logprobs.flatten().tolist(), behind.flatten().tolist()
+
+
+@pytest.fixture(scope="module")
+def results(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], tuple[nn.Module, Any]]:
+    """Of each selected case the reference, and of each run and prompt what the engine said."""
+    cases = [
+        (item.callspec.params["name"], item.callspec.params["storage"])
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec")
+    ]
+    models, jobs = {}, []
+    for name, storage in cases:
+        family = FAMILIES[name]
+        torch.manual_seed(37)
+        model = make(family)
+        fill(model)
+        directory = tmp_path_factory.mktemp("model")
+        # A copy: narrowing would round the reference's frequencies too.
+        copy.deepcopy(model).half().save_pretrained(directory)
+        models[name, storage] = model
+        arguments, _ = STORAGES[storage]
+        if name == "Gemma 2" and storage == "FP16":
+            arguments = FP16_WEIGHTS
+        options = {"model": str(directory), "max_model_len": 128} | arguments | family.engine
+        jobs.append([(name, storage), options])
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps([jobs, PROMPTS, TOKENS])],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "0.1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if "RESULT" in line]
+    found = {}
+    for case, runs, vocabulary in map(json.loads, lines):
+        name, storage = case
+        if storage == "W4" and vocabulary:
+            narrow(models[name, storage], *vocabulary)
+        found[name, storage] = models[name, storage], runs
+    return found
+
+
+@pytest.mark.parametrize(("name", "storage"), CASES)
+def test_tokens_are_those_of_hugging_face(
+    name: str, storage: str, results: dict[tuple[str, str], tuple[nn.Module, Any]]
+) -> None:
+    family = FAMILIES[name]
+    model, runs = results[name, storage]
+    assert not isinstance(runs, str), runs
+    _, tolerance = STORAGES[storage]
+    first, again = runs
+    for prompt, (_, tokens, logprobs) in zip(PROMPTS, first, strict=True):
+        expected, behind = judge(family, model, prompt, tokens)
+        # The reference's own choice, but where two are so near that rounding may decide.
+        assert max(behind) < 2 * tolerance
+        assert logprobs == pytest.approx(expected, abs=tolerance)
+    for change in family.matter:
+        other = make(family, **change)
+        other.load_state_dict(model.state_dict())
+        [_, tokens, logprobs] = first[0]
+        without, _ = judge(family, other, LONG, tokens)
+        assert logprobs != pytest.approx(without, abs=2 * tolerance), change
+    assert [cached for cached, *_ in first] == CACHED_AT_FIRST
+    assert [cached for cached, *_ in again] == CACHED_THEN
+    assert [tokens for _, tokens, _ in again] == [tokens for _, tokens, _ in first]
