@@ -8,14 +8,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors.quantized_compressors.pack_quantized import pack_to_int32
+from ggml_blocks import quantized
+from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     awq_pack,
     gptq_pack,
@@ -145,6 +151,32 @@ FORMATS: dict[str, tuple[Quantize, dict[str, Any]]] = {
 }
 ON_THE_FLY = ("k80-w4", "k80-w8", "k80-f16")
 
+# The types that llama.cpp's presets give to tensors whose names begin so, the last that fits; "" is
+# all others. Of a layer, v and down, which K-quants hurt most, get more bits in some.
+GGUF_FILES: dict[str, dict[str, Kind]] = {
+    "Q4_K_M": {
+        "": Kind.Q4_K,
+        "token_embd": Kind.Q6_K,  # the head as well
+        "blk.0.attn_v": Kind.Q6_K,
+        "blk.0.ffn_down": Kind.Q6_K,
+        "blk.1.ffn_down": Kind.Q5_0,  # of rows that 256 does not divide
+    },
+    "Q5_K_M": {
+        "": Kind.Q5_K,
+        "output.weight": Kind.Q6_K,
+        "blk.1.attn_v": Kind.Q6_K,
+        "blk.0.ffn_down": Kind.Q6_K,
+        "blk.1.ffn_down": Kind.Q5_1,
+    },
+}
+# How often a step calls these operators: products of both layers and of the head, the embedding.
+GGUF_CALLS = {
+    # q and k, v apart; o; gate and up; down.
+    "Q4_K_M": {"linear_w4": 3 + 3, "linear_w8": 2 + 1 + 1, "embedding_w8": 1},
+    # A minimum is a product of its own: of q, k and v (or q and k), o, gate and up, down.
+    "Q5_K_M": {"linear_w8": 4 + 5 + 1, "linear": 3 + 4, "embedding_w8": 1},
+}
+
 RUN = """
 import json, os, sys
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -226,6 +258,52 @@ def _unquantized(name: str) -> Checkpoint:
     return config, tensors, {key: narrowed(key, part.float()) for key, part in tensors.items()}
 
 
+def _gguf(name: str, directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Write model.gguf and its config.json; what transformers reads of the file, in FP32."""
+    types, columns = GGUF_FILES[name], 256
+    tied = "output.weight" not in types
+    config = CONFIG | {"hidden_size": columns, "tie_word_embeddings": tied}
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    keys = columns // heads * kv_heads
+    rows = {"attn_q": columns, "attn_k": keys, "attn_v": keys, "attn_output": columns}
+    rows |= dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), columns)
+    shapes = {f"blk.{i}.{part}.weight": n for i in range(LAYERS) for part, n in rows.items()}
+    shapes |= dict.fromkeys(("token_embd.weight", "output.weight"), config["vocab_size"])
+    if tied:
+        del shapes["output.weight"]
+
+    writer = gguf.GGUFWriter(directory / "model.gguf", "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(columns)
+    writer.add_feed_forward_length(columns)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000)
+    writer.add_vocab_size(config["vocab_size"])
+    for key, n in shapes.items():
+        kind = [kind for start, kind in types.items() if key.startswith(start)][-1]
+        seed = int(torch.randint(1 << 31, ()))
+        raw = quantized(kind, n, columns, seed, spread=0.15)
+        writer.add_tensor(key, raw, raw_dtype=kind)
+    norms = [f"blk.{i}.{part}_norm.weight" for i in range(LAYERS) for part in ("attn", "ffn")]
+    for key in (*norms, "output_norm.weight"):
+        writer.add_tensor(key, np.ones(columns, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (directory / "config.json").write_text(json.dumps(config))
+    model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="eager"))
+    read = load_gguf_checkpoint(directory / "model.gguf", return_tensors=True, model_to_load=model)
+    state = read["tensors"]
+    if tied:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    return config, state
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """For each format: tokens expected, tokens, calls of operators, tensors of the model."""
@@ -244,6 +322,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         jobs[name] = {"model": str(root / name)}
         if name in ON_THE_FLY:
             jobs[name]["quantization"] = name
+        expected[name] = tokens
+    for name in GGUF_FILES:
+        (root / name).mkdir()
+        tokens = None
+        while tokens is None:
+            tokens = _expected(*_gguf(name, root / name))
+        jobs[name] = {"model": str(root / name / "model.gguf"), "hf_config_path": str(root / name)}
         expected[name] = tokens
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps([jobs, PROMPT, TOKENS])],
@@ -271,6 +356,16 @@ def test_tokens_are_those_of_the_dequantized_checkpoint(name: str, results: dict
     else:
         head = TOKENS if name == "k80-w8" else 0
         assert calls[f"linear_w{bits}"] == 4 * LAYERS * TOKENS + head
+
+
+@pytest.mark.parametrize("name", GGUF_FILES)
+def test_tokens_are_those_of_the_dequantized_gguf_file(name: str, results: dict[str, Any]) -> None:
+    expected, tokens, calls, _ = results[name]
+    assert tokens == expected
+    assert len(set(tokens)) > 1
+    products = {key: calls.get(key, 0) for key in ("linear", "linear_w4", "linear_w8")}
+    products["embedding_w8"] = calls["embedding_w8"]
+    assert products == {key: GGUF_CALLS[name].get(key, 0) * TOKENS for key in products}
 
 
 def test_a_tied_head_shares_the_narrowed_embeddings(results: dict[str, Any]) -> None:

@@ -6,58 +6,152 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from ggml_blocks import quantized
 from gguf import GGMLQuantizationType as Kind
 
+from vllm_k80 import predict
 from vllm_k80.errors import UserError
 from vllm_k80.quantization.gguf import pack
-from vllm_k80.quantization.gguf_file import extract_metadata
-from vllm_k80.quantization.packed import concatenate
+from vllm_k80.quantization.gguf_file import SUPPORTED_TYPES, extract_metadata
+from vllm_k80.quantization.packed import PackedWeight, concatenate
+
+K_QUANTS = (Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)
+# Values of Student's t distribution (5 degrees of freedom, times 0.02), 4 rows of 512, by
+# quantize_q4_K, quantize_q5_K and quantize_q6_K of llama.cpp (release b11434).
+BY_GGML = Path(__file__).parent / "data" / "k_quants.gguf"
 
 
-def quantized(kind: Kind, rows: int, columns: int, seed: int = 0) -> np.ndarray:
-    values = np.random.RandomState(seed).standard_normal((rows, columns)).astype(np.float32)
-    return gguf.quantize(values, kind)
+def packed(raw: np.ndarray, kind: Kind) -> PackedWeight:
+    return pack("layer", torch.from_numpy(np.array(raw)), kind)
 
 
-@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0, Kind.F16, Kind.F32])
+def weight_of(packed: PackedWeight, columns: int) -> torch.Tensor:
+    """Every element alone: the product with the identity; looked up it is the same."""
+    weight = packed.linear(torch.eye(columns)).t()
+    rows = packed.embedding(torch.arange(len(weight)), torch.float32)
+    torch.testing.assert_close(rows, weight, atol=0, rtol=0)
+    return weight
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.F16, Kind.F32],
+)
 def test_packed_weights_equal_gguf_dequantization(kind: Kind) -> None:
     raw = quantized(kind, 24, 96)
-    weight = torch.from_numpy(gguf.dequantize(raw, kind))
-    packed = pack(torch.from_numpy(raw), kind)
-    # Every element alone: multiply by the identity, and look the rows up.
-    torch.testing.assert_close(packed.linear(torch.eye(96)).t(), weight, atol=0, rtol=0)
-    torch.testing.assert_close(
-        packed.embedding(torch.arange(24), torch.float32), weight, atol=0, rtol=0
-    )
+    expected = torch.from_numpy(gguf.dequantize(raw, kind))
+    weight = weight_of(packed(raw, kind), 96)
+    torch.testing.assert_close(weight, expected, atol=0, rtol=0)
 
 
-def test_int4_stays_int4_in_memory() -> None:
-    raw = quantized(Kind.Q4_1, 64, 1024)
-    packed = pack(torch.from_numpy(raw), Kind.Q4_1)
-    assert sum(part.numel() * part.element_size() for part in packed.parts()) == raw.nbytes
+def assert_equal_but_for_rounded_scales(ours: PackedWeight, expected: np.ndarray) -> None:
+    """Each weight is off by what rounding its scale and its minimum to FP16 can do, at most."""
+    weight = weight_of(ours, expected.shape[1])
+    minimum = torch.zeros_like(ours.scale) if ours.minimum is None else ours.minimum
+    group = expected.shape[1] // ours.scale.shape[1]
+    minimum = minimum.float().repeat_interleave(group, 1)
+    allowed = 2.0**-11 * ((weight - minimum).abs() + minimum.abs())
+    assert ours.scale.dtype == torch.float16
+    assert bool(((weight - torch.from_numpy(expected)).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("kind", K_QUANTS)
+def test_k_quants_of_ggml_are_equal_but_for_rounded_scales(kind: Kind) -> None:
+    [tensor] = [t for t in gguf.GGUFReader(BY_GGML).tensors if t.name == kind.name]
+    expected = gguf.dequantize(tensor.data, kind)
+    assert abs(expected.std() - 0.026) < 0.002  # it is the tensor that it should be
+    ours = packed(tensor.data, kind)
+    assert_equal_but_for_rounded_scales(ours, expected)
+    # A hundredth of the distance from one value to the next, and that as the root mean square.
+    step = ours.scale.float().square().mean().sqrt()
+    error = weight_of(ours, 512) - torch.from_numpy(expected)
+    assert error.square().mean().sqrt() < 0.01 * step
+
+
+@pytest.mark.parametrize("spread", [1, 1e-3, 1e-5])  # the last: FP16's smallest numbers
+@pytest.mark.parametrize("kind", K_QUANTS)
+def test_k_quants_of_any_bits_are_equal_but_for_rounded_scales(kind: Kind, spread: float) -> None:
+    raw = quantized(kind, 24, 768, spread=spread)
+    assert_equal_but_for_rounded_scales(packed(raw, kind), gguf.dequantize(raw, kind))
+
+
+@pytest.mark.parametrize(("kind", "spread"), [(Kind.Q4_K, 4e5), (Kind.Q5_K, 8e5), (Kind.Q6_K, 2e6)])
+def test_scales_that_fp16_cannot_hold_stay_fp32(kind: Kind, spread: float) -> None:
+    raw = quantized(kind, 24, 768, spread=spread)
+    ours = packed(raw, kind)
+    assert ours.scale.dtype == torch.float32
+    expected = torch.from_numpy(gguf.dequantize(raw, kind))
+    torch.testing.assert_close(weight_of(ours, 768), expected, atol=0, rtol=1e-6)
+
+
+def test_a_tensor_is_repacked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = quantized(Kind.Q5_K, 24, 768)
+    whole = packed(raw, Kind.Q5_K)
+    monkeypatch.setattr("vllm_k80.quantization.gguf._BYTES_AT_ONCE", 5 * raw.shape[1])
+    parts = packed(raw, Kind.Q5_K)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parts(), parts.parts(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"),
+    [
+        (Kind.Q4_0, 5),
+        (Kind.Q4_1, 5),
+        (Kind.Q4_K, 5),
+        (Kind.Q5_0, 8.5),
+        (Kind.Q5_1, 9),
+        (Kind.Q5_K, 9),
+        (Kind.Q6_K, 9),
+        (Kind.Q8_0, 8.5),
+    ],
+)
+def test_bits_of_a_weight_in_memory(kind: Kind, bits: float) -> None:
+    parts = packed(quantized(kind, 64, 1024), kind).parts()
+    assert sum(part.numel() * part.element_size() for part in parts) == 64 * 1024 * bits / 8
+    assert all(part.is_contiguous() for part in parts)
+
+
+def test_types_are_predicted_as_what_they_are_packed_into() -> None:
+    assert set(predict._GGUF) == {*SUPPORTED_TYPES}
+    for name, (kernel, group) in predict._GGUF.items():
+        ours = packed(quantized(Kind[name], 64, 1024), Kind[name])
+        size = sum(part.numel() * part.element_size() for part in ours.parts())
+        assert predict.Weight(64, 1024, kernel, group).bytes == size
+        assert group == (0 if ours.scale is None else 1024 // ours.scale.shape[1])
+        second_product = ours.qweight.dtype == torch.int8 and ours.minimum is not None
+        assert (kernel == "w8m_f16") == second_product
 
 
 def test_neighbours_of_one_type_are_joined_and_others_are_not() -> None:
-    kinds = [Kind.Q4_1, Kind.Q4_1, Kind.Q8_0]
-    raws = [
-        quantized(kind, rows, 64, seed)
-        for seed, (kind, rows) in enumerate(zip(kinds, (8, 4, 4), strict=True))
-    ]
-    joined = concatenate([pack(torch.from_numpy(r), k) for r, k in zip(raws, kinds, strict=True)])
-    assert [weight.qweight.shape[0] for weight in joined] == [12, 4]
-    whole = np.concatenate([gguf.dequantize(r, k) for r, k in zip(raws, kinds, strict=True)])
-    result = torch.cat([weight.linear(torch.eye(64)) for weight in joined], dim=-1)
-    torch.testing.assert_close(result.t(), torch.from_numpy(whole), atol=0, rtol=0)
+    kinds = [Kind.Q4_K, Kind.Q4_1, Kind.Q6_K, Kind.Q5_K, Kind.Q8_0]
+    raws = [quantized(kind, 4 * (1 + seed), 512, seed) for seed, kind in enumerate(kinds)]
+    weights = [packed(raw, kind) for raw, kind in zip(raws, kinds, strict=True)]
+    joined = concatenate(weights)
+    # The first two are the same layout; INT8 with a minimum, or with another group, is not.
+    assert [weight.qweight.shape[0] for weight in joined] == [12, 12, 16, 20]
+    x = torch.randn(3, 512)
+    apart = torch.cat([weight.linear(x) for weight in weights], dim=-1)
+    result = torch.cat([weight.linear(x) for weight in joined], dim=-1)
+    torch.testing.assert_close(result, apart, atol=0, rtol=0)
 
 
-def test_other_types_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"type Q6_K are not supported; Q4_0, Q4_1, Q8_0"):
-        pack(torch.zeros(1, 210, dtype=torch.uint8), Kind.Q6_K)
+@pytest.mark.parametrize("kind", [Kind.Q2_K, Kind.Q3_K, Kind.IQ4_XS, Kind.TQ1_0, Kind.MXFP4])
+def test_other_types_are_refused_by_name(kind: Kind) -> None:
+    message = rf"^blk\.0: .* type {kind.name} cannot be served; those of Q4_0, .*Use .*Q4_K_M, "
+    with pytest.raises(ValueError, match=message):
+        pack("blk.0", torch.zeros(1, 17, dtype=torch.uint8), kind)
+
+
+def test_a_part_that_ends_within_a_block_is_refused() -> None:
+    """Of 11008 columns, those of Llama's 7B, two dies get 21 1/2 blocks each."""
+    raw = torch.zeros(1, 11008 // 256 * 144 // 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"^down: rows of Q4_K are blocks of 256 .* fewer dies"):
+        pack("down", raw, Kind.Q4_K)
 
 
 def write_gguf(path: Path, kind: Kind) -> None:
     writer = gguf.GGUFWriter(path, "llama")
-    raw = quantized(kind, 4, 64)
+    raw = np.zeros((4, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
     writer.add_tensor("token_embd.weight", raw, raw_shape=raw.shape, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -67,8 +161,9 @@ def write_gguf(path: Path, kind: Kind) -> None:
 
 def test_a_file_with_types_that_cannot_be_served_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    write_gguf(path, Kind.Q5_0)
-    with pytest.raises(UserError, match=r"model\.gguf: tensors of type Q5_0 cannot be served"):
+    write_gguf(path, Kind.IQ2_XS)
+    message = r"model\.gguf: tensors of type IQ2_XS cannot be served; those of Q4_0, .*Use .*Q4_K_M"
+    with pytest.raises(UserError, match=message):
         extract_metadata(path, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []  # nothing half done is left
 

@@ -158,6 +158,14 @@ def test_a_gguf_file_is_judged_by_its_tensors(smollm2: Path) -> None:
     assert (of.head, of.embedding) == (predict.Weight(49152, 576, "w8_f16", 32), 0)
 
 
+def test_a_minimum_beside_int8_is_a_product_more() -> None:
+    with_minimum, without = (predict.Weight(4096, 4096, kind, 32) for kind in ("w8m_f16", "w8_f16"))
+    minimums = predict.Weight(4096, 128, "f16")
+    for rows in (1, 8, 2048):
+        more = predict.product_us(with_minimum, rows) - predict.product_us(without, rows)
+        assert more == pytest.approx(predict.product_us(minimums, rows) + 9)
+
+
 def test_bf16_is_judged_as_it_is_loaded(tmp_path: Path) -> None:
     write(tmp_path, torch_dtype="bfloat16")
     assert predict.of_directory(tmp_path, "auto", None).head.kind == "f32"

@@ -7,7 +7,6 @@ below. So all of it is a prediction; the output says so, with the model's known 
 """
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,12 +53,19 @@ _ARCHITECTURES = {
 _GGUF = {
     "Q4_0": ("w4_f16", 32),
     "Q4_1": ("w4_f16", 32),
+    "Q5_0": ("w8_f16", 32),
+    "Q5_1": ("w8m_f16", 32),
     "Q8_0": ("w8_f16", 32),
+    "Q4_K": ("w4_f16", 32),
+    "Q5_K": ("w8m_f16", 32),
+    "Q6_K": ("w8_f16", 16),
     "F16": ("f16", 0),
     "F32": ("f32", 0),
 }
-_BITS = {"w4_f16": 4, "w8_f16": 8, "f16": 16, "f32": 32}
-_SCALES = {"w4_f16": 2, "w8_f16": 1}  # FP16 numbers a group: scale and minimum, or scale
+# w8m_f16: INT8 with a minimum, which takes a second product (`PackedWeight.linear`).
+_BITS = {"w4_f16": 4, "w8_f16": 8, "w8m_f16": 8, "f16": 16, "f32": 32}
+# FP16 numbers a group: scale and minimum, or scale.
+_SCALES = {"w4_f16": 2, "w8_f16": 1, "w8m_f16": 2}
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ def _fused(weights: list[Weight]) -> list[Weight]:
     """Neighbours of one layout as one weight, as `quantization.packed.concatenate` joins them."""
     joined: list[Weight] = []
     for weight in weights:
-        if joined and joined[-1].kind == weight.kind:
+        if joined and (joined[-1].kind, joined[-1].group) == (weight.kind, weight.group):
             weight = Weight(joined.pop().n + weight.n, weight.k, weight.kind, weight.group)
         joined.append(weight)
     return joined
@@ -303,13 +309,14 @@ def of_gguf(path: Path, dtype: str) -> Model:
     if embedding is None:
         raise UserError(f"{path} has no tensor token_embd.weight: it is no whole model.")
     head = tensors.get("output.weight")
-    types = sorted({re.sub("_.*", "", w.kind) for layer in layers for w in layer}, key="wf".find)
+    kinds = {(w.kind, w.group) for layer in layers for w in layer}
+    formats = [
+        f"INT{kind[1]}, group {group}" if group else f"FP{kind[1:]}"
+        for kind, group in sorted(kinds, key=lambda layout: ("wf".find(layout[0][0]), layout))
+    ]
     return Model(
         name=path.name,
-        format=" and ".join(
-            {"w4": "INT4, group 32", "w8": "INT8, group 32"}.get(kind, f"FP{kind[1:]}")
-            for kind in types
-        ),
+        format=" and ".join(dict.fromkeys(formats)),
         activations="float" if dtype == "auto" else dtype,
         hidden=hidden,
         inner=size("feed_forward_length"),
@@ -346,6 +353,12 @@ def _sgemm_us(operations: float) -> float:
 
 def product_us(weight: Weight, rows: int) -> float:
     """Microseconds of ``x @ weight.T`` for so many rows of x, without the launch."""
+    if weight.kind == "w8m_f16":
+        integers = Weight(weight.n, weight.k, "w8_f16", weight.group)
+        minimums = Weight(weight.n, weight.k // weight.group, "f16")
+        # Three launches more: sums of x, their product with the minimums, and adding it.
+        more = product_us(minimums, rows) + 3 * COSTS["launch_us"]
+        return float(product_us(integers, rows) + more)
     vectors = 4 * rows * (weight.n + weight.k)
     operations = 2.0 * rows * weight.n * weight.k
     if weight.kind == "f32" or rows > _GEMV_ROWS:

@@ -1,15 +1,18 @@
 """GGUF checkpoints.
 
 vLLM reads the file and hands each tensor over as the bytes of its blocks. They are repacked
-here once: 4-bit types into the INT4 layout, Q8_0 into the INT8 layout, without loss.
-Block formats: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and ggml-common.h.
+here once: 4-bit types into the INT4 layout, those of 5, 6 and 8 bits into the INT8 layout. The
+integers stay what they are. K-quants have integers for scales too, and an FP16 factor for those of
+a block of 256; their product becomes the scale, rounded to FP16.
+Block formats: ggml-common.h and ggml-quants.c of https://github.com/ggml-org/ggml.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 from vllm.model_executor import model_loader
 from vllm.model_executor.layers.linear import LinearBase
@@ -17,87 +20,181 @@ from vllm.model_executor.layers.quantization import gguf as upstream
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.gguf_loader import GGUFModelLoader
 
-from vllm_k80.quantization.gguf_file import SUPPORTED_TYPES, shared_reader
+from vllm_k80.quantization.gguf_file import INSTEAD, SUPPORTED_TYPES, shared_reader
 from vllm_k80.quantization.linear import CardConfig, apply, attach, register_config
-from vllm_k80.quantization.packed import PackedWeight, concatenate
+from vllm_k80.quantization.packed import PackedWeight, concatenate, pair
 
-_HALF = 2  # bytes of an FP16 scale at the head of a block
+# Bytes of a tensor that are repacked at a time. What is made of them on the way takes some times as
+# much, of a die's memory too.
+_BYTES_AT_ONCE = 1 << 21
+
+_Unpacked = tuple[Tensor, ...]
+"""Integers, one a byte, [N, blocks, columns a block]; scale, and perhaps minimum, both FP32,
+[N, blocks, groups a block]."""
 
 
-def _blocks(raw: Tensor, kind: GGMLQuantizationType) -> Tensor:
-    """[N, bytes a row] uint8 to [N, blocks a row, bytes a block]."""
-    return raw.view(raw.shape[0], -1, GGML_QUANT_SIZES[kind][1])
+def _fields(raw: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+    """[N, bytes a row] uint8 to the fields of its blocks: [N, blocks a row, size] each."""
+    fields: tuple[Tensor, ...] = raw.view(len(raw), -1, sum(sizes)).split(sizes, dim=-1)
+    return fields
 
 
 def _fp16(field: Tensor) -> Tensor:
-    """The FP16 number in each block's 2 bytes: [N, blocks, 2] uint8 to [N, blocks] FP16."""
-    return field.contiguous().view(torch.float16).squeeze(-1)
+    """The FP16 number in each block's 2 bytes: [N, blocks, 2] uint8 to [N, blocks, 1] FP32."""
+    return field.contiguous().view(torch.float16).float()
 
 
-def _pair_neighbours(halves: Tensor) -> Tensor:
-    """Nibbles from GGUF's order into ours.
+def _integers(field: Tensor, bits: int, run: int) -> Tensor:
+    """Narrow integers, one a byte, in the order of their columns.
 
-    A GGUF block holds element j in the low and element j + 16 in the high half of byte j; our
-    layout holds neighbours in a byte. [N, blocks, 16] uint8 to [N, blocks * 16] uint8.
+    Every ``run`` bytes, a multiple of 8, hold as many columns in their lowest ``bits`` bits, the
+    next in the bits above, and so on. [N, blocks, bytes] uint8 to [N, blocks, bytes * 8 / bits].
     """
-    elements = torch.cat((halves & 0x0F, halves >> 4), dim=-1)
-    return (elements[..., 0::2] | (elements[..., 1::2] << 4)).flatten(1)
+    # Eight bytes at a time: nothing of what is shifted from one into another passes the mask.
+    words = field.clone(memory_format=torch.contiguous_format).view(torch.int64)
+    runs = words.unflatten(-1, (-1, run // 8))
+    mask = ((1 << bits) - 1) * 0x0101010101010101
+    planes = [runs >> shift & mask for shift in range(0, 8, bits)]
+    return torch.stack(planes, dim=-2).flatten(-3).view(torch.uint8)
 
 
-def _pack_q4_0(raw: Tensor) -> PackedWeight:
-    blocks = _blocks(raw, GGMLQuantizationType.Q4_0)
-    scale = _fp16(blocks[..., :_HALF])
-    # Q4_0 is (q - 8) * scale. 8 * scale is exact in FP16 unless it overflows.
-    minimum = scale.float() * -8.0
-    if not minimum.half().isinf().any():
-        minimum = minimum.half()
-    return PackedWeight(_pair_neighbours(blocks[..., _HALF:]), scale.to(minimum.dtype), minimum)
+def _fifth_bits(field: Tensor) -> Tensor:
+    """Bit i of each block's 4 bytes as 16 in column i: [N, blocks, 4] to [N, blocks, 32] uint8."""
+    of_byte = torch.arange(8, dtype=torch.uint8, device=field.device)
+    return (field.unsqueeze(-1) >> of_byte & 1).flatten(-2) << 4
 
 
-def _pack_q4_1(raw: Tensor) -> PackedWeight:
-    blocks = _blocks(raw, GGMLQuantizationType.Q4_1)
-    scale, minimum = _fp16(blocks[..., :_HALF]), _fp16(blocks[..., _HALF : 2 * _HALF])
-    return PackedWeight(_pair_neighbours(blocks[..., 2 * _HALF :]), scale, minimum)
+def _unpack_q4_0(raw: Tensor) -> _Unpacked:
+    scale, q = _fields(raw, 2, 16)
+    scale = _fp16(scale)
+    return _integers(q, 4, run=16), scale, -8 * scale
 
 
-def _pack_q8_0(raw: Tensor) -> PackedWeight:
-    blocks = _blocks(raw, GGMLQuantizationType.Q8_0)
-    qweight = blocks[..., _HALF:].contiguous().view(torch.int8).flatten(1)
-    return PackedWeight(qweight, _fp16(blocks[..., :_HALF]))
+def _unpack_q4_1(raw: Tensor) -> _Unpacked:
+    scale, minimum, q = _fields(raw, 2, 2, 16)
+    return _integers(q, 4, run=16), _fp16(scale), _fp16(minimum)
 
 
-_PACKERS: dict[GGMLQuantizationType, Callable[[Tensor], PackedWeight]] = {
-    GGMLQuantizationType.Q4_0: _pack_q4_0,
-    GGMLQuantizationType.Q4_1: _pack_q4_1,
-    GGMLQuantizationType.Q8_0: _pack_q8_0,
-    GGMLQuantizationType.F16: PackedWeight,
-    GGMLQuantizationType.F32: PackedWeight,
+def _unpack_q5_0(raw: Tensor) -> _Unpacked:
+    scale, high, low = _fields(raw, 2, 4, 16)
+    q = _integers(low, 4, run=16) | _fifth_bits(high)
+    return q - 16, _fp16(scale)
+
+
+def _unpack_q5_1(raw: Tensor) -> _Unpacked:
+    scale, minimum, high, low = _fields(raw, 2, 2, 4, 16)
+    q = _integers(low, 4, run=16) | _fifth_bits(high)
+    return q, _fp16(scale), _fp16(minimum)
+
+
+def _unpack_q8_0(raw: Tensor) -> _Unpacked:
+    scale, q = _fields(raw, 2, 32)
+    return q, _fp16(scale)
+
+
+def _scales_and_minimums(factors: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the eight groups in a block of Q4_K or Q5_K, [N, blocks, 8] FP32 each.
+
+    Args:
+        factors: [N, blocks, 4] uint8, the FP16 factors of scales and of minimums.
+        packed: [N, blocks, 12] uint8, integers of 6 bits. Scales of the first four groups are in
+            the first four bytes, minimums in the next; those of the last four groups have their
+            lower four bits in the last four bytes, and their upper two above the others' six.
+    """
+    first, second, low = packed.split(4, dim=-1)
+    scale = torch.cat((first & 0x3F, low & 0x0F | first >> 2 & 0x30), dim=-1)
+    minimum = torch.cat((second & 0x3F, low >> 4 | second >> 2 & 0x30), dim=-1)
+    return _fp16(factors[..., :2]) * scale, _fp16(factors[..., 2:]) * -minimum.float()
+
+
+def _unpack_q4_k(raw: Tensor) -> _Unpacked:
+    factors, packed, q = _fields(raw, 4, 12, 128)
+    return _integers(q, 4, run=32), *_scales_and_minimums(factors, packed)
+
+
+def _unpack_q5_k(raw: Tensor) -> _Unpacked:
+    factors, packed, high, low = _fields(raw, 4, 12, 32, 128)
+    q = _integers(low, 4, run=32) | _integers(high, 1, run=32) << 4
+    return q, *_scales_and_minimums(factors, packed)
+
+
+def _unpack_q6_k(raw: Tensor) -> _Unpacked:
+    low, high, scale, factor = _fields(raw, 128, 64, 16, 2)
+    q = _integers(low, 4, run=64) | _integers(high, 2, run=32) << 4
+    return q - 32, _fp16(factor) * scale.view(torch.int8)
+
+
+# Bits of the layout that each type goes to, and what unpacks it.
+_QUANTIZED: dict[Kind, tuple[int, Callable[[Tensor], _Unpacked]]] = {
+    Kind.Q4_0: (4, _unpack_q4_0),
+    Kind.Q4_1: (4, _unpack_q4_1),
+    Kind.Q5_0: (8, _unpack_q5_0),
+    Kind.Q5_1: (8, _unpack_q5_1),
+    Kind.Q8_0: (8, _unpack_q8_0),
+    Kind.Q4_K: (4, _unpack_q4_k),
+    Kind.Q5_K: (8, _unpack_q5_k),
+    Kind.Q6_K: (8, _unpack_q6_k),
 }
+_FLOATS = (Kind.F16, Kind.F32)
 
-assert {kind.name for kind in _PACKERS} == {*SUPPORTED_TYPES}
+assert {kind.name for kind in (*_QUANTIZED, *_FLOATS)} == {*SUPPORTED_TYPES}
 
 
-def pack(raw: Tensor, kind: int) -> PackedWeight:
+def _narrowed(*wide: Tensor) -> tuple[Tensor, ...]:
+    """Scale, and perhaps minimum, as FP16; as they are, FP32, if one overflows.
+
+    The error is 2^-11 of a number at most. FP16's smallest ones, with fewer bits, do not change
+    that: an FP16 number times a whole one either is not among them or is one of them exactly.
+    """
+    narrow = tuple(part.half() for part in wide)
+    return wide if any(bool(part.isinf().any()) for part in narrow) else narrow
+
+
+def pack(layer: str, raw: Tensor, kind: int) -> PackedWeight:
     """Repack one GGUF tensor.
 
     Args:
+        layer: its name, for errors.
         raw: [N, bytes a row] uint8 for a quantized type, [N, K] floats for F32 and F16.
         kind: `gguf.GGMLQuantizationType`.
 
     Raises:
-        ValueError: a type that has no operator here.
+        ValueError: a type that has no operator here, or a die's part that cuts a block.
     """
-    name = GGMLQuantizationType(kind)
-    if name not in _PACKERS:
+    known = Kind(kind)
+    if known in _FLOATS:
+        return PackedWeight(raw)
+    if known not in _QUANTIZED:
         raise ValueError(
-            f"GGUF tensors of type {name.name} are not supported; {', '.join(SUPPORTED_TYPES)} "
-            f"are. Quantize the model to Q4_1 or Q8_0."
+            f"{layer}: GGUF tensors of type {known.name} cannot be served; those of "
+            f"{', '.join(SUPPORTED_TYPES)} can. Use a file quantized to {INSTEAD}."
         )
-    return _PACKERS[name](raw)
+    columns, size = GGML_QUANT_SIZES[known]
+    rows, of_row = raw.shape
+    if of_row % size:
+        raise ValueError(
+            f"{layer}: rows of {known.name} are blocks of {columns} columns, and each die's part "
+            f"of a row would end within one. Use fewer dies, or a file quantized to Q8_0 or Q4_1, "
+            f"whose blocks are of 32 columns."
+        )
+    bits, unpack = _QUANTIZED[known]
+    step = max(1, _BYTES_AT_ONCE // of_row)
+    wholes: list[Tensor] = []
+    for start in range(0, rows, step):
+        q, *scales = (part.flatten(1) for part in unpack(raw[start : start + step]))
+        parts = [pair(q) if bits == 4 else q.view(torch.int8), *scales]
+        wholes = wholes or [part.new_empty(rows, part.shape[1]) for part in parts]
+        for whole, part in zip(wholes, parts, strict=True):
+            whole[start : start + step] = part
+    return PackedWeight(wholes[0], *_narrowed(*wholes[1:]))
 
 
 class K80GGUFLinearMethod(upstream.GGUFLinearMethod):
     """Upstream's loading, our layout and operators."""
+
+    def __init__(self, config: "K80GGUFConfig", prefix: str) -> None:
+        super().__init__(config)
+        self.prefix = prefix
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         raw, kinds = layer.qweight, layer.qweight_type
@@ -107,13 +204,14 @@ class K80GGUFLinearMethod(upstream.GGUFLinearMethod):
             order = sorted(raw.shard_id_map, key="qkv".find if "q" in raw.shard_id_map else None)
             weights = [
                 pack(
+                    self.prefix,
                     raw.data_container[raw.shard_id_map[shard]].to(device),
                     kinds.shard_weight_type[shard],
                 )
                 for shard in order
             ]
         else:
-            weights = [pack(raw.data.to(device), kinds.weight_type)]
+            weights = [pack(self.prefix, raw.data.to(device), kinds.weight_type)]
         del layer.qweight, layer.qweight_type, raw
         attach(layer, concatenate(weights))
 
@@ -133,9 +231,9 @@ class K80GGUFConfig(CardConfig, upstream.GGUFConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         if isinstance(layer, LinearBase):
-            return K80GGUFLinearMethod(self)
+            return K80GGUFLinearMethod(self, prefix)
         if isinstance(layer, VocabParallelEmbedding):
-            return K80GGUFEmbeddingMethod(self)
+            return K80GGUFEmbeddingMethod(self, prefix)
         return None
 
 

@@ -17,7 +17,13 @@ from typing import Any
 
 from vllm_k80.errors import UserError
 
-SUPPORTED_TYPES = ("Q4_0", "Q4_1", "Q8_0", "F16", "F32")
+SUPPORTED_TYPES = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+    *("Q4_K", "Q5_K", "Q6_K"),
+    *("F16", "F32"),
+)
+# What to use in place of a file with others, as publishers name files.
+INSTEAD = "Q4_K_M, Q6_K or Q8_0"
 
 # In the key of the extracted files: raise when what is written changes.
 _FORMAT = 2
@@ -58,8 +64,8 @@ def check_types(path: Path, reader: Any) -> None:
     )
     if unsupported:
         raise UserError(
-            f"{path}: tensors of type {', '.join(unsupported)} cannot be served yet. "
-            f"Use a file quantized to Q4_1, Q4_0 or Q8_0."
+            f"{path}: tensors of type {', '.join(unsupported)} cannot be served; those of "
+            f"{', '.join(SUPPORTED_TYPES)} can. Use a file quantized to {INSTEAD}."
         )
 
 

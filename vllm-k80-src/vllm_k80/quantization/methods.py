@@ -23,14 +23,17 @@ class Method:
         return not self.instead
 
 
-_4_BITS = "a GPTQ or AWQ checkpoint, a GGUF file (Q4_1, Q4_0), or --quantization k80-w4"
+_4_BITS = "a GPTQ or AWQ checkpoint, a GGUF file (Q4_K_M, Q4_1), or --quantization k80-w4"
 _8_BITS = "a GPTQ checkpoint of 8 bits, a GGUF file (Q8_0), or --quantization k80-w8"
 _ORIGINAL = "the unquantized checkpoint with --quantization k80-w8 or k80-w4"
 _DETECTED = "the same checkpoint without --quantization: it is detected"
 _NO_FP8 = "8-bit floats: the card has neither their arithmetic nor a conversion"
 
 METHODS: dict[str, Method] = {
-    "gguf": Method("GGUF files with tensors of Q4_0, Q4_1, Q8_0, F16, F32"),
+    "gguf": Method(
+        "GGUF files with tensors of Q4_0, Q4_1, Q4_K in 4 bits, of Q5_0, Q5_1, Q5_K, Q6_K, Q8_0 in "
+        "8 bits, of F16, F32"
+    ),
     "gptq": Method("GPTQ of 4 and 8 bits, symmetric or not, desc_act true or false"),
     "awq": Method("AWQ of 4 bits, GEMM packing, with zero points"),
     "compressed-tensors": Method("W4A16 and W8A16, format pack-quantized"),

@@ -8,6 +8,7 @@ kernels take groups of 32, 64 and 128 columns.
 
 INT8: ``qweight`` [N, K] int8, row-major, and ``scale`` [N, K/group], one column for a scale a
 row: ``w = q * scale``. With ``minimum``, of the shape of ``scale``, ``w = q * scale + minimum``.
+The kernels take groups of 16 columns as well.
 
 FP16 and FP32: ``qweight`` [N, K].
 
@@ -66,15 +67,19 @@ class PackedWeight:
         """Rows ``ids`` in ``dtype``: [...] to [..., K].
 
         Raises:
-            ValueError: no checkpoint has token embeddings with an ``order`` or an INT8 ``minimum``.
+            ValueError: no checkpoint has token embeddings with an ``order``.
         """
         if self.scale is None:
             return torch.nn.functional.embedding(ids, self.qweight).to(dtype)
-        int8 = self.qweight.dtype == torch.int8
-        if self.order is not None or (int8 and self.minimum is not None):
-            raise ValueError("embedding: reordered columns and INT8 with a minimum are not served.")
-        if int8:
-            return torch.ops.vllm_k80.embedding_w8(ids, self.qweight, self.scale, dtype)
+        if self.order is not None:
+            raise ValueError("embedding: reordered columns are not served.")
+        if self.qweight.dtype == torch.int8:
+            if self.minimum is None:
+                return torch.ops.vllm_k80.embedding_w8(ids, self.qweight, self.scale, dtype)
+            rows = torch.ops.vllm_k80.embedding_w8(ids, self.qweight, self.scale, torch.float32)
+            minimum = torch.nn.functional.embedding(ids, self.minimum).float()
+            groups = rows.unflatten(-1, (minimum.shape[-1], -1))
+            return groups.add_(minimum.unsqueeze(-1)).flatten(-2).to(dtype)
         return torch.ops.vllm_k80.embedding_w4(
             ids, self.qweight, self.scale, self.minimum, dtype, self.zero
         )
@@ -128,7 +133,8 @@ def group_of_kernels(columns: int) -> int | None:
 
 def pair(columns: Tensor) -> Tensor:
     """Neighbours of a row into a byte, in the order of INT4: [N, K] uint8 to [N, K/2] uint8."""
-    return columns[:, 0::2] | (columns[:, 1::2] << 4)
+    both = columns.contiguous().view(torch.int16)
+    return (both | both >> 4).to(torch.uint8)  # of two bytes, the lower is what remains
 
 
 def integers(packed: Tensor, bits: int) -> Tensor:
