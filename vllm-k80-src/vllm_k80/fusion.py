@@ -60,7 +60,7 @@ def fuse(model: torch.nn.Module) -> None:
 
 def _is_plain(layer: torch.nn.Module) -> bool:
     """Whether a linear layer's forward is one product of ours, and nothing before or after it."""
-    if not isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+    if type(layer).forward not in (ColumnParallelLinear.forward, RowParallelLinear.forward):
         return False
     packed = getattr(layer, "packed_weights", ())
     # With several dies, columns may be gathered, and rows are added up.
@@ -109,6 +109,7 @@ def _is_rotated(module: torch.nn.Module, rotary: Any, attention: Any) -> bool:
         and isinstance(attention, Attention)
         and isinstance(attention.impl, K80AttentionImpl)
         and not attention.impl.shares_cache
+        and rotary.head_size == attention.head_size
         and hands_over(type(module).forward, "rotary_emb", "attn", 2, 3)
     )
 

@@ -659,6 +659,9 @@ def of_header(header: gguf_header.Header, path: Path, dtype: str, dies: int = 1)
     def rows(weight: Weight) -> Weight:
         return dataclasses.replace(weight, n=_share("rows", weight.n, dies, where))
 
+    def vocabulary(weight: Weight) -> Weight:
+        return rows(dataclasses.replace(weight, n=_padded(weight.n)))
+
     def columns(weight: Weight, name: str) -> Weight:
         k = _share("columns", weight.k, dies, where)
         if k % blocks[name]:
@@ -709,8 +712,8 @@ def of_header(header: gguf_header.Header, path: Path, dtype: str, dies: int = 1)
         window=config.get(prefix + "attention.sliding_window"),
         longest=longest,
         layers=layers,
-        head=rows(head or embedding),
-        embedding=rows(embedding) if head else None,
+        head=vocabulary(head or embedding),
+        embedding=vocabulary(embedding) if head else None,
         rest=(vectors + longest * head_size) * DTYPES[activations][1],
         dies=dies,
         quantized=True,

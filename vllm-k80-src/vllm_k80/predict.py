@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_k80 import device, memory
+from vllm_k80.architectures import MAX_HEAD_SIZE
 from vllm_k80.errors import NotServed, UserError
 from vllm_k80.model import Model, Weight, of_directory, of_gguf
 
@@ -153,10 +154,11 @@ def decoding(model: Model, batch: int, context: int) -> dict[str, Any]:
 
 def check_heads(model: Model) -> None:
     """Refuse heads that the attention kernels do not take (NotServed)."""
-    if model.head_size > 256 or model.head_size % 8 or model.heads % model.kv_heads:
+    if model.head_size > MAX_HEAD_SIZE or model.head_size % 8 or model.heads % model.kv_heads:
         raise NotServed(
             f"{model.name}: {model.heads} heads of {model.head_size} with {model.kv_heads} key "
-            f"heads; attention takes multiples of 8 up to 256, and as many heads for each key head."
+            f"heads; attention takes multiples of 8 up to {MAX_HEAD_SIZE}, and as many heads for "
+            f"each key head."
         )
 
 

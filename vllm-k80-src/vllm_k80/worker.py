@@ -63,7 +63,9 @@ def kv_cache_bytes(worker: Worker, profiled: int | None = None) -> int:
         limits.total, limits.utilization, sum(tensors.values()), sum(work.values())
     )
     left = left if profiled is None else min(left, profiled)
-    needed = max_memory_usage_bytes(worker.vllm_config, worker.get_kv_cache_spec().values())
+    specs = worker.get_kv_cache_spec().values()
+    needed = max_memory_usage_bytes(worker.vllm_config, specs)
+    needed += sum(spec.page_size_bytes for spec in specs)  # the block that vLLM keeps empty
     if left < needed:
         raise ValueError(_refusal(worker, limits, left, needed))
     return left
@@ -86,7 +88,7 @@ def _refusal(worker: Worker, limits: Limits, left: int, needed: int) -> str:
             source = plan.Source(path.name, model.model, model.hf_config.to_dict())
         if said := plan.refusal(source, settings, left):
             return said
-    except UserError:  # a build that the plan does not know
+    except (UserError, TypeError, ValueError, LookupError):  # a build that the plan does not know
         pass
     return (
         f"{path.name} does not fit: a sequence of {model.max_model_len:,} tokens needs "

@@ -17,9 +17,10 @@ import json
 import logging
 import os
 import shutil
+import stat
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from importlib.metadata import version
@@ -49,6 +50,10 @@ _DEFAULT_GB = 20.0
 # Left free on the disk: more than `preflight` wants to see on a server that serves.
 _SPARE = 6_000_000_000
 _SYNCHRONIZED = 1 << 28  # bytes that may wait for the disk
+_PIECE = 1 << 20  # bytes read at a time
+# Instances share the directory: a link or a pipe that one of them has left there must neither lead
+# another elsewhere nor keep it waiting.
+_PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK
 
 _NAMES = {  # safetensors' of dtypes
     torch.float64: "F64",
@@ -91,13 +96,19 @@ def _code() -> str:
     return hashlib.blake2b(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
-def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and buffers of the model, by name; those of a shared module once."""
+def _tensors(model: torch.nn.Module, parts: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers that loading sets, by name; those of a shared module once.
+
+    Not buffers that modules compute when they are made, such as rotary embeddings have, which
+    torch calls not persistent; but ``parts``, which are not persistent either.
+    """
     for prefix, module in model.named_modules():
         for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    yield f"{prefix}.{name}" if prefix else name, tensor
+            for key, tensor in tensors.items():
+                name = f"{prefix}.{key}" if prefix else key
+                computed = key in module._non_persistent_buffers_set and name not in parts
+                if tensor is not None and not computed:
+                    yield name, tensor
 
 
 def _shape(tensor: Tensor) -> list[Any]:
@@ -128,7 +139,11 @@ def find(
     except OSError as error:
         logger.warning("%s: %s: weights are not cached.", error.filename, error.strerror)
         return None
-    config = json.loads(model_config.hf_config.to_json_string())
+    try:
+        config = json.loads(model_config.hf_config.to_json_string())
+    except (TypeError, ValueError) as error:
+        logger.warning("The model's configuration is no JSON (%s): weights are not cached.", error)
+        return None
     config.pop("_name_or_path", None)  # where it is, not what it is
     before = {name: _shape(tensor) for name, tensor in _tensors(model)}
     identity = {
@@ -174,9 +189,13 @@ class Entry:
         began = time.perf_counter()
         try:
             state, size = _read(self.path)
+            state.check(model, self.before)
         except FileNotFoundError:
             return False
-        except (_Unusable, OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (
+            *(_Unusable, OSError, SafetensorError),
+            *(ValueError, LookupError, TypeError, AttributeError),
+        ) as error:
             logger.warning(
                 "%s is damaged (%s): the weights are read from the checkpoint.", self.path, error
             )
@@ -233,7 +252,7 @@ class _State:
             raise _Unusable("none of this model was repacked")
         state = _State({}, {}, packed)
         parts, seen = state.parts(), dict[Any, str]()
-        for name, tensor in _tensors(model):
+        for name, tensor in _tensors(model, parts):
             if name not in parts and before.get(name) != _shape(tensor):
                 raise _Unusable(f"loading has made {name}, and only packed weights are expected")
             if tensor.dtype not in _NAMES or tensor.is_meta:
@@ -254,6 +273,26 @@ class _State:
             for index, names in enumerate(weights)
             for name in names
         }
+
+    def check(self, model: torch.nn.Module, before: dict[str, list[Any]]) -> None:
+        """See that `place` can be done: ``before`` as of `of`.
+
+        Raises:
+            _Unusable: this is not the state of such a model.
+        """
+        parts = self.parts()
+        known = {field.name for field in fields(PackedWeight)}
+        stored = {name: self.tensors[name] for name in self.tensors}
+        stored |= {name: self.tensors[first] for name, first in self.same.items()}
+        if unknown := self.packed.keys() - dict(model.named_modules()).keys():
+            raise _Unusable(f"the model has no {min(unknown)}")
+        if missing := parts - stored.keys():
+            raise _Unusable(f"it has no {min(missing)}")
+        if not all({*names} <= known for weights in self.packed.values() for names in weights):
+            raise _Unusable("its description")
+        for name, tensor in stored.items():
+            if name not in parts and before.get(name) != _shape(tensor):
+                raise _Unusable(f"{name} is not what the model has")
 
     def description(self) -> str:
         """All of it that is not a tensor."""
@@ -282,7 +321,7 @@ class _State:
                     for index, names in enumerate(weights)
                 ],
             )
-        for name, target in _tensors(model):
+        for name, target in _tensors(model, self.parts()):
             if name in stored:
                 target.data = tensor(name).to(target.device)
 
@@ -304,10 +343,26 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def _checksum(name: str, tensor: Tensor) -> str:
-    """CRC-32 of a tensor in the host's memory with its name, dtype and shape: 8 digits."""
-    described = zlib.crc32(f"{name} {_shape(tensor)}".encode())
-    return f"{zlib.crc32(_bytes(tensor), described):08x}"
+def _checksum(name: str, dtype: str, shape: list[int], pieces: Iterable[bytes | memoryview]) -> str:
+    """CRC-32 of a tensor's bytes, after its name, safetensors' dtype and shape: 8 digits."""
+    crc = zlib.crc32(f"{name} {dtype} {shape}".encode())
+    for piece in pieces:
+        crc = zlib.crc32(piece, crc)
+    return f"{crc:08x}"
+
+
+def _pieces(file: int, start: int, end: int) -> Iterator[bytes]:
+    """Bytes of a file, read: a disk that fails under a map would kill the process.
+
+    Raises:
+        _Unusable: the file is shorter.
+    """
+    while start < end:
+        piece = os.pread(file, min(_PIECE, end - start), start)
+        if not piece:
+            raise _Unusable("it is cut off")
+        yield piece
+        start += len(piece)
 
 
 def _read(path: Path) -> tuple[_State, int]:
@@ -317,20 +372,31 @@ def _read(path: Path) -> tuple[_State, int]:
         FileNotFoundError: there is none.
         _Unusable, OSError, SafetensorError, ValueError, KeyError, TypeError: it is damaged.
     """
-    with path.open("rb") as whole:  # in order, before several threads ask for it here and there
+    with os.fdopen(os.open(path, os.O_RDONLY | _PLAIN), "rb") as whole:
+        seen = os.fstat(whole.fileno())
+        if not stat.S_ISREG(seen.st_mode):
+            raise _Unusable("it is no file")
+        # In order, before several threads ask for it here and there.
         os.posix_fadvise(whole.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-        size = os.fstat(whole.fileno()).st_size
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    state = _State(tensors, **json.loads(metadata["state"]))
-    expected = json.loads(metadata["checksums"])
-    with ThreadPoolExecutor(content.threads()) as pool:
-        found = dict(zip(tensors, pool.map(_checksum, tensors, tensors.values()), strict=True))
-    found[""] = f"{zlib.crc32(state.description().encode()):08x}"
-    if differing := found.items() ^ expected.items():
+        length = int.from_bytes(whole.read(8), "little")
+        if length > seen.st_size:
+            raise _Unusable("it is cut off")
+        head = json.loads(whole.read(length))
+        metadata = head.pop("__metadata__")
+
+        def checksum(name: str) -> str:
+            start, end = (8 + length + offset for offset in head[name]["data_offsets"])
+            pieces = _pieces(whole.fileno(), start, end)
+            return _checksum(name, head[name]["dtype"], head[name]["shape"], pieces)
+
+        with ThreadPoolExecutor(content.threads()) as pool:
+            found = dict(zip(head, pool.map(checksum, head), strict=True))
+    found[""] = f"{zlib.crc32(metadata['state'].encode()):08x}"
+    if differing := found.items() ^ json.loads(metadata["checksums"]).items():
         raise _Unusable(f"the checksum of {min(differing)[0] or 'its description'}")
-    return state, size
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return _State(tensors, **json.loads(metadata["state"])), seen.st_size
 
 
 def _header(state: _State, names: list[str], checksums: dict[str, str]) -> bytes:
@@ -370,8 +436,9 @@ def _write(path: Path, state: _State) -> int:
         waiting = 0
         for name in names:
             tensor = state.tensors[name].cpu().contiguous()
-            checksums[name] = _checksum(name, tensor)
-            waiting += file.write(_bytes(tensor))
+            dtype, content = _NAMES[tensor.dtype], _bytes(tensor)
+            checksums[name] = _checksum(name, dtype, list(tensor.shape), [content])
+            waiting += file.write(content)
             if waiting > _SYNCHRONIZED:  # what is not on the disk counts as the container's memory
                 os.fdatasync(file.fileno())
                 waiting = 0
@@ -392,7 +459,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
         OSError: it cannot be written; nothing of it is left.
     """
     part = path.with_suffix(".part")
-    with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o644), "rb+") as file:
+    with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | _PLAIN, 0o644), "rb+") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Before it was locked, its last owner may have renamed it, or another have removed it.
         if not part.exists() or part.stat().st_ino != os.fstat(file.fileno()).st_ino:
@@ -420,7 +487,10 @@ def _make_room(root: Path, size: int) -> None:
         _Unusable: there is no room for ``size`` bytes all the same; then no entry is removed.
     """
     for part in root.glob("*.part"):
-        with contextlib.suppress(OSError), part.open("rb") as file:
+        with (
+            contextlib.suppress(OSError),
+            os.fdopen(os.open(part, os.O_RDONLY | _PLAIN), "rb") as file,
+        ):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             part.unlink()
     allowed = limit()

@@ -24,6 +24,7 @@ from vllm.model_executor.model_loader import gguf_loader
 from vllm.model_executor.model_loader.gguf_loader import GGUFModelLoader
 from vllm.transformers_utils.config import maybe_override_with_speculators_target_model
 
+from vllm_k80.architectures import gguf_refusal
 from vllm_k80.quantization import gguf_header
 from vllm_k80.quantization.gguf_file import INSTEAD, SUPPORTED_TYPES, shared_reader
 from vllm_k80.quantization.linear import CardConfig, apply, attach, register_config
@@ -252,6 +253,9 @@ class K80GGUFModelLoader(CachingLoader, GGUFModelLoader):
         return [Path(self._prepare_weights(model_config.model))]
 
     def load_model(self, vllm_config: Any, model_config: Any) -> torch.nn.Module:
+        header = gguf_header.read(Path(model_config.model))
+        if refusal := gguf_refusal(str(header.fields.get("general.architecture"))):
+            raise ValueError(f"{model_config.model}: {refusal}")
         # Upstream builds the Hugging Face model without weights, to learn its names, and
         # transformers refuses its default attention below torch 2.1.1.
         model_config.hf_config._attn_implementation = "eager"

@@ -27,7 +27,7 @@ SUPPORTED_TYPES = (
 INSTEAD = "Q4_K_M, Q6_K or Q8_0"
 
 # In the key of the extracted files: raise when what is written changes.
-_FORMAT = 2
+_FORMAT = 3
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ keeps each word of a vocabulary, and takes a minute for a large one.
 """
 
 import io
-import math
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -170,9 +169,3 @@ def read(path: Path) -> Header:
         raise UserError(f"{path}: {error.strerror}.") from None
     except _Damaged as error:
         raise UserError(f"{path} is damaged or of an unknown version: {error}.") from None
-
-
-def data_bytes(tensor: Tensor) -> int:
-    """Bytes of a tensor's data in the file."""
-    elements = math.prod(tensor.shape)
-    return elements // tensor.tensor_type.elements * tensor.tensor_type.bytes

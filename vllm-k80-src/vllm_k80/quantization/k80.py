@@ -154,7 +154,7 @@ class NarrowedParameter(ModelWeightParameter):
     @property
     def device(self) -> torch.device:
         # Transformers' models, as vLLM runs them, get a new tensor for each parameter on "meta".
-        return self.weight.qweight.device
+        return self.row.qweight.device
 
     def __getitem__(self, rows: slice) -> _Rows:
         start, stop, _ = rows.indices(self.shape[0])

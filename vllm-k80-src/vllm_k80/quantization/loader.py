@@ -57,6 +57,7 @@ class CachingLoader:
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         """What lies between a model's initialization and ``process_weights_after_loading``."""
+        self._unsaved = None
         if cache.directory() and (files := self.checkpoint_files(model, model_config)):
             entry = cache.find(files, model, model_config, self._device)
             if entry and entry.restore(model):
@@ -77,8 +78,9 @@ class K80ModelLoader(CachingLoader, DefaultModelLoader):
             getattr(model, "fall_back_to_pt_during_load", True),
             getattr(model, "allow_patterns_overrides", None),
         )
-        # Some formats have their settings in a file of their own.
-        return sorted({*map(Path, names), *Path(folder).glob("*config*.json")})
+        # Some formats have their settings in a file of their own, some models their code.
+        others = (path for form in ("*config*.json", "*.py") for path in Path(folder).glob(form))
+        return sorted({*map(Path, names), *others})
 
     def get_all_weights(
         self, model_config: Any, model: torch.nn.Module

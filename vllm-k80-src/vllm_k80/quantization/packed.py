@@ -75,7 +75,8 @@ class PackedWeight:
             # The minimum meets each group's sum of x: a product that is a group size narrower.
             wide = x.float()
             sums = wide.unflatten(-1, (offset.shape[1], -1)).sum(-1)
-            y = k80.linear_w8(wide, qweight, scale, bias) + k80.linear(sums, offset, None)
+            y = k80.linear_w8(wide, qweight, scale, bias)
+            y += k80.linear(sums, offset, None)
             return (k80.silu_and_mul(y) if gated else y).to(x.dtype)
 
         return with_minimum
