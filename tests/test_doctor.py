@@ -770,6 +770,50 @@ def test_the_table_names_host_dies_checks_and_remedies(server: Server) -> None:
     assert lines[place + 1].strip().startswith("-> See to the cooling")
 
 
+def test_what_is_declared_is_what_the_roles_have_told(
+    load_module: Callable[[str], ModuleType],
+) -> None:
+    declared = load_module("roles/doctor/filter_plugins/doctor.py").declared
+    facts = {
+        "dies": [
+            {"pci_address": die, "board": BOARD, "numa_node": 0, "local_cpulist": "0"}
+            for die in DIES
+        ],
+        "driver": {"version": DRIVER, "units": ["k80-nvidia-uvm.service"]},
+        "toolkit": {},
+        "image": IMAGE,
+        "limits": {},
+    }
+    instance = {"name": "a", "dies": SECOND, "uuids": [UUIDS[1]], "address": "127.0.0.1"}
+    instance |= {"port": 8001, "model": "tiny", "arguments": ["--api-key", "secret"]}
+    models = {"tiny": {"host_path": "/srv/tiny", "serve_path": "/models/tiny", "revision": "1"}}
+    content = declared(facts, [instance], models, {"tiny": {"source": "directory"}})
+    assert content == {
+        "dies": [
+            {"pci_address": DIES[0], "board": BOARD, "uuid": ""},
+            {"pci_address": DIES[1], "board": BOARD, "uuid": UUIDS[1]},
+        ],
+        "driver": {"version": DRIVER},
+        "image": IMAGE,
+        "boot_units": [
+            "docker.service",
+            "k80-nvidia-uvm.service",
+            "vllm-k80-a.service",
+            "vllm-k80-a-liveness.timer",
+        ],
+        "models": {
+            "tiny": {
+                "host_path": "/srv/tiny",
+                "serve_path": "/models/tiny",
+                "fetched": False,
+            }
+        },
+        "instances": [
+            {key: instance[key] for key in ("name", "dies", "uuids", "address", "port", "model")}
+        ],
+    }
+
+
 def test_it_sees_in_the_pci_tree_what_preflight_sees(
     server: Server, doctor: ModuleType, load_module: Callable[[str], ModuleType]
 ) -> None:

@@ -30,13 +30,16 @@ def declared(
         for die in facts["dies"]
     ]
     units = ["docker.service"]
-    for part in ("driver", "toolkit"):
-        units += facts[part].get("units", [])
+    parts = {}
+    for name in ("driver", "toolkit"):
+        parts[name] = {key: value for key, value in facts[name].items() if key != "units"}
+        units += facts[name].get("units", [])
     for instance in instances:
         unit = f"vllm-k80-{instance['name']}"
         units += [f"{unit}.service", f"{unit}-liveness.timer"]
     content = dict(
         facts,
+        **parts,
         dies=dies,
         boot_units=units,
         models={
