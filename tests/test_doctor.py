@@ -736,6 +736,13 @@ def test_a_declaration_that_cannot_be_read(server: Server, text: str) -> None:
     assert "cannot be read" in detail(report, "declared")
 
 
+def test_a_die_without_a_board_s_switch_may_slow_its_link_down(server: Server) -> None:
+    """As it does while it has no work."""
+    server.declared["dies"][0]["board"] = DIES[0]
+    attribute(DIES[0], "current_link_speed", "2.5 GT/s PCIe")(server)
+    assert told(server.examine()[1]) == {}
+
+
 def test_an_instance_of_two_dies_fails_with_either(server: Server) -> None:
     server.declared["instances"].pop()
     server.declared["instances"][0] |= {"dies": [*DIES], "uuids": [*UUIDS]}
