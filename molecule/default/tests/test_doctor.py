@@ -345,7 +345,8 @@ def test_a_healthy_server_has_no_warning(server: Server) -> None:
     # Without a driver of the server's own kernel there is nothing to keep initialized.
     skipped = [row["name"] for row in report["checks"] if row["status"] == "skip"]
     assert skipped == ["persistence"]
-    assert seconds < 6, "3 s on an idle machine"
+    # 2.5 s where others keep the processors busy; those here may be busier yet.
+    assert seconds < 10
 
 
 def test_the_playbook_names_what_is_wrong_and_leaves_nothing(server: Server) -> None:
