@@ -109,6 +109,10 @@ venv: .venv/stamp ## Install Ansible and the test tools into .venv
 .venv/stamp: requirements.lock tools/venv
 	@tools/venv
 
+.PHONY: docs
+docs: ## Renew docs/troubleshooting.md from the doctor's checks
+	@python3 roles/doctor/files/k80-doctor --markdown > docs/troubleshooting.md
+
 .PHONY: lock
 lock: venv ## Renew requirements.lock from requirements.in
 	@tools/lock

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -186,6 +187,15 @@ def test_an_injected_exit_code(emulator: Emulator) -> None:
         18,
         ["Failed to initialize NVML: Driver/library version mismatch"],
     )
+
+
+def test_a_driver_that_takes_its_time(emulator: Emulator) -> None:
+    fault = emulator.state / "nvidia-smi"
+    fault.mkdir()
+    (fault / "seconds").write_text("0.3\n")
+    started = time.monotonic()
+    assert emulator.smi("-L")[0] == 0
+    assert time.monotonic() - started > 0.3
 
 
 @pytest.mark.parametrize("place", ["state", "settings"])

@@ -74,6 +74,12 @@ class Server:
         pids = self.run(f"docker top {instance.unit} -eo pid").split()[1:]
         return [int(pid) for pid in pids if int(pid) != self.container_pid(instance)]
 
+    def diagnosis(self) -> dict[str, str]:
+        """What the doctor finds: the checks that are not well."""
+        report = json.loads(self.host.run("k80-doctor --json").stdout)
+        rows = report["checks"]
+        return {r["name"]: r["status"] for r in rows if r["status"] in ("warn", "fail")}
+
     def is_ready(self, instance: Instance) -> bool:
         script = (
             "import urllib.request; "

@@ -74,6 +74,7 @@ def test_the_gateway_answers_while_one_instance_is_down(
         for _ in range(4):
             assert "Paris" in ask()
         assert server.container_id(instance) == ""
+        assert server.diagnosis() == {"instance-unit": "fail"}
     finally:
         server.run(f"systemctl start --no-block {instance.unit}")
 
@@ -120,3 +121,5 @@ def test_docker_killed(server: Server) -> None:
 
 def test_reboot(server: Server) -> None:
     reboot(SERVER)
+    server.wait_until_serving(START)
+    assert server.diagnosis() == {}
