@@ -5,20 +5,25 @@ Needs vLLM 0.10.1.1, torch with CUDA and `vllm_k80/kernels/vllm_k80.fatbin` (csr
     python tests/test_smollm2.py GGUF > CPU.json          # where there is no GPU
     python benchmarks/engine_on_gpu.py shape {7b,13b} [RESULT.json]
     python benchmarks/engine_on_gpu.py smollm2 GGUF CPU.json [RESULT.json]
+    python benchmarks/engine_on_gpu.py memory {7b,13b} {k80-w4,k80-w8,k80-f16} [RESULT.json]
 
 `shape` runs a model of Llama 2's shape with random INT4 weights in our layout, made on the device:
 there is no checkpoint, and its tokens mean nothing. `smollm2` runs a real model, with and without
-CUDA graphs, and compares its tokens with those of the CPU. Results are added to RESULT.json. Exit
-status 1 if tokens or log-probabilities differ. Times are those of this GPU, not of a K80.
+CUDA graphs, and compares its tokens with those of the CPU. `memory` compares what torch's allocator
+has given out with what `vllm-k80 plan` says. Results are added to RESULT.json. Exit status 1 if
+tokens or log-probabilities differ, or memory by more than 3 %. Times are those of this GPU, not of
+a K80.
 """
 
 import ctypes
+import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +38,7 @@ SHAPES = {  # hidden size, feed-forward size, layers, heads
     "13b": (5120, 13824, 40, 40),
 }
 CONTEXT, NEW_TOKENS, GROUP = 2048, 64, 128
+VOCABULARY = 32000
 BATCHES = (1, 8, 16)
 PROFILED = 5  # steps
 
@@ -187,13 +193,8 @@ class _Timed:
         return getattr(self._model, name)
 
 
-def shape(name: str) -> tuple[dict[str, Any], bool]:
-    """Times of a model of this shape, with graphs and without; whether the tokens are the same."""
-    wait_without_spinning()
-    register_random_w4()
-    from vllm import LLM
-    from vllm.config import CUDAGraphMode
-
+def write_config(name: str, directory: Path) -> dict[str, Any]:
+    """Write the config.json of a shape; returns what is in it."""
     hidden, feed_forward, layers, heads = SHAPES[name]
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -203,12 +204,23 @@ def shape(name: str) -> tuple[dict[str, Any], bool]:
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
-        "vocab_size": 32000,
+        "vocab_size": VOCABULARY,
         "max_position_embeddings": CONTEXT,
         "torch_dtype": "float16",
     }
+    (directory / "config.json").write_text(json.dumps(config))
+    return config
+
+
+def shape(name: str) -> tuple[dict[str, Any], bool]:
+    """Times of a model of this shape, with graphs and without; whether the tokens are the same."""
+    wait_without_spinning()
+    register_random_w4()
+    from vllm import LLM
+    from vllm.config import CUDAGraphMode
+
     with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "config.json").write_text(json.dumps(config))
+        config = write_config(name, Path(directory))
         llm = LLM(
             model=directory,
             skip_tokenizer_init=True,
@@ -222,7 +234,11 @@ def shape(name: str) -> tuple[dict[str, Any], bool]:
             enable_prefix_caching=False,
         )
     runner = model_runner(llm)
-    result: dict[str, Any] = {"layers": layers, "hidden": hidden, "group": GROUP}
+    result: dict[str, Any] = {
+        "layers": config["num_hidden_layers"],
+        "hidden": config["hidden_size"],
+        "group": GROUP,
+    }
     tokens = {}
     serve(llm, 1)  # warms up
     for mode in ("graphs", "eager"):
@@ -234,6 +250,73 @@ def shape(name: str) -> tuple[dict[str, Any], bool]:
         tokens[mode] = [generated for _, generated in served]
     result["same_tokens"] = tokens["graphs"] == tokens["eager"]
     return result, result["same_tokens"]
+
+
+def memory(name: str, quantization: str) -> tuple[dict[str, Any], bool]:
+    """Bytes of weights and of a token's KV cache, allocated and planned; whether they agree."""
+    import torch
+    from vllm import LLM
+
+    from vllm_k80 import memory, plan
+    from vllm_k80.quantization.loader import K80ModelLoader
+    from vllm_k80.worker import K80Worker
+
+    load, determine = K80Worker.load_model, K80Worker.determine_available_memory
+    result: dict[str, Any] = {}
+
+    def load_and_look(worker: Any) -> None:
+        before = torch.cuda.memory_allocated()
+        load(worker)
+        gc.collect()
+        result["weights"] = [torch.cuda.memory_allocated() - before]
+
+    def determine_and_look(worker: Any) -> int:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        size = determine(worker)
+        result["work"] = [torch.cuda.max_memory_allocated() - before]
+        specs = worker.get_kv_cache_spec().values()
+        result["token"] = [sum(spec.page_size_bytes // spec.block_size for spec in specs)]
+        return int(size)
+
+    def random_weights(*_: Any) -> Iterator[tuple[str, Any]]:
+        hidden, feed_forward, layers, _ = SHAPES[name]
+        shapes = {
+            **{f"self_attn.{part}_proj": (hidden, hidden) for part in "qkvo"},
+            **{f"mlp.{part}_proj": (feed_forward, hidden) for part in ("gate", "up")},
+            "mlp.down_proj": (hidden, feed_forward),
+            **{f"{part}_layernorm": (hidden,) for part in ("input", "post_attention")},
+        }
+        outer = {"model.embed_tokens": (VOCABULARY, hidden), "lm_head": (VOCABULARY, hidden)}
+        inner = {f"model.layers.{i}.{k}": v for i in range(layers) for k, v in shapes.items()}
+        for key, size in (outer | inner | {"model.norm": (hidden,)}).items():
+            yield f"{key}.weight", torch.rand(size, dtype=torch.float16)
+
+    K80ModelLoader.get_all_weights = random_weights
+    K80Worker.load_model, K80Worker.determine_available_memory = load_and_look, determine_and_look
+    limits = memory.Limits(tokens=CONTEXT, sequences=max(BATCHES))
+    with tempfile.TemporaryDirectory() as directory:
+        write_config(name, Path(directory))
+        LLM(
+            model=directory,
+            skip_tokenizer_init=True,
+            quantization=quantization,
+            dtype="float16",
+            max_model_len=CONTEXT,
+            max_num_seqs=limits.sequences,
+            max_num_batched_tokens=limits.tokens,
+            enforce_eager=True,
+        )
+        bits = {value: key for key, value in plan.WEIGHTS.items()}[quantization]
+        settings = plan.Settings(dtype="half", weights=bits, context=CONTEXT, limits=limits)
+        planned = plan.source(directory).model(settings)
+    result["weights"].append(planned.loaded)
+    # Without CUDA's context and libraries, which no allocator of torch's gives out.
+    result["work"].append(memory.work(planned, limits))
+    result["token"].append(planned.cache_of_a_token)
+    allocated, expected = result["weights"]
+    good = abs(allocated - expected) <= 0.03 * expected and len({*result["token"]}) == 1
+    return {f"{what} allocated, planned": sizes for what, sizes in result.items()}, good
 
 
 def smollm2_engine(gguf: Path, eager: bool) -> dict[str, Any]:
@@ -310,6 +393,8 @@ def main() -> int:
     match sys.argv[1:]:
         case ["shape", ("7b" | "13b") as name, *file]:
             part, (result, good) = f"llama2_{name}_shape_random_int4", shape(name)
+        case ["memory", ("7b" | "13b") as name, ("k80-w4" | "k80-w8" | "k80-f16") as bits, *file]:
+            part, (result, good) = f"llama2_{name}_shape_{bits}_memory", memory(name, bits)
         case ["smollm2", gguf, cpu, *file]:
             part, (result, good) = "smollm2", smollm2(gguf, cpu)
         case ["smollm2-engine", gguf, mode]:
