@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 from vllm.config import CompilationConfig, CUDAGraphMode, ParallelConfig
 from vllm.v1.attention.backends.utils import AttentionCGSupport
 from vllm.v1.worker.gpu_worker import Worker
@@ -18,7 +19,10 @@ from vllm_k80.worker import K80Worker
 def config(enforce_eager: bool = False, dies: int = 1, max_num_seqs: int = 20) -> Any:
     return SimpleNamespace(
         model_config=SimpleNamespace(
-            enforce_eager=enforce_eager, dtype=torch.float32, disable_cascade_attn=False
+            enforce_eager=enforce_eager,
+            dtype=torch.float32,
+            disable_cascade_attn=False,
+            hf_config=LlamaConfig(architectures=["LlamaForCausalLM"]),
         ),
         cache_config=SimpleNamespace(block_size=None),
         compilation_config=CompilationConfig(),
