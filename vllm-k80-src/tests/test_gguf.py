@@ -1,6 +1,7 @@
 """GGUF tensors in our layout, against the gguf library's own dequantization."""
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -8,11 +9,13 @@ import pytest
 import torch
 from ggml_blocks import quantized
 from gguf import GGMLQuantizationType as Kind
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from vllm_k80 import model
 from vllm_k80.errors import UserError
 from vllm_k80.quantization.gguf import pack
-from vllm_k80.quantization.gguf_file import SUPPORTED_TYPES, extract_metadata
+from vllm_k80.quantization.gguf_file import SUPPORTED_TYPES, extract_metadata, rope_scaling
 from vllm_k80.quantization.packed import PackedWeight, concatenate
 
 K_QUANTS = (Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)
@@ -166,6 +169,29 @@ def test_a_file_with_types_that_cannot_be_served_is_refused(tmp_path: Path) -> N
     with pytest.raises(UserError, match=message):
         extract_metadata(path, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []  # nothing half done is left
+
+
+@pytest.mark.parametrize(("factor", "size"), [(8.0, 128), (32.0, 64)])
+def test_the_rope_scaling_of_a_llama_3_1_is_found_again(factor: float, size: int) -> None:
+    """From the divisors that transformers itself makes of it, as the file has them."""
+    scaling = {"rope_type": "llama3", "factor": factor, "original_max_position_embeddings": 8192}
+    scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    shape = {"head_dim": size, "rope_theta": 500000.0, "max_position_embeddings": 131072}
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(**shape, rope_scaling=scaling), "cpu")
+    plain, _ = ROPE_INIT_FUNCTIONS["default"](LlamaConfig(**shape), "cpu")
+    divisors = (plain / scaled).numpy()
+
+    def read(name: str, values: np.ndarray) -> Any:
+        return rope_scaling(Path("model.gguf"), {name: values}, 500000.0, size)
+
+    assert len({*divisors.tolist()}) > 3
+    assert read("rope_freqs.weight", divisors) == scaling
+    assert read("rope_freqs.weight", np.ones(size // 2, np.float32)) is None
+    other = divisors.copy()
+    other[size // 4] *= 1.1
+    for name, values in (("rope_freqs.weight", other), ("rope_factors_long.weight", divisors)):
+        with pytest.raises(UserError, match=r"^model\.gguf: its rotary embedding .* safetensors"):
+            read(name, values)
 
 
 @pytest.mark.parametrize(

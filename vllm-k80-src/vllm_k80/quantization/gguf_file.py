@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ SUPPORTED_TYPES = (
 INSTEAD = "Q4_K_M, Q6_K or Q8_0"
 
 # In the key of the extracted files: raise when what is written changes.
-_FORMAT = 3
+_FORMAT = 4
 
 
 @contextlib.contextmanager
@@ -76,6 +76,55 @@ def check_architecture(path: Path, reader: Any) -> None:
     name = "(none)" if entry is None else str(entry.contents())
     if refusal := architectures.gguf_refusal(name):
         raise UserError(f"{path}: {refusal}")
+
+
+# Of Llama 3.1, 3.2 and 3.3 alike (their config.json); "factor" differs.
+_LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def rope_scaling(
+    path: Path, tensors: Mapping[str, Any], theta: float, head_size: int
+) -> dict[str, Any] | None:
+    """The ``rope_scaling`` of a config.json, of which a GGUF file keeps what it amounts to.
+
+    llama.cpp's converter (convert_hf_to_gguf.py) writes a divisor for each frequency, the tensor
+    ``rope_freqs``, and leaves the numbers out that it was made of; transformers does not read it.
+    Without it a Llama 3.1 would be served with the positions of a Llama 3, and answer a little
+    wrong. The largest divisor is the factor; the others must follow from it by Llama 3's formula
+    (transformers, modeling_rope_utils.py).
+
+    Args:
+        path: of the file, for errors. tensors: its numbers, [head_size / 2], by the tensor's name.
+        theta: the base of the frequencies.
+
+    Raises:
+        UserError: divisors of another kind.
+    """
+    import numpy
+
+    refused = UserError(
+        f"{path}: its rotary embedding is scaled in a way that is not read from GGUF files. Use "
+        f"the model's safetensors checkpoint, with --quantization k80-w4 if it is not quantized."
+    )
+    if any(name.startswith("rope_factors_") for name in tensors):  # Phi-3's, of long contexts
+        raise refused
+    if "rope_freqs.weight" not in tensors:
+        return None
+    found = numpy.asarray(tensors["rope_freqs.weight"], dtype=numpy.float64).reshape(-1)
+    factor = round(float(found.max()), 4)
+    low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
+    original = _LLAMA3["original_max_position_embeddings"]
+    waves = 2 * numpy.pi * theta ** (numpy.arange(0, head_size, 2) / head_size)
+    smooth = ((original / waves - low) / (high - low)).clip(0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if found.shape != expected.shape or not numpy.allclose(found, expected, rtol=1e-3):
+        raise refused
+    return _LLAMA3 | {"factor": factor} if factor != 1 else None
 
 
 def _mend_tokenizer(tokenizer: Any, reader: Any) -> Any:
@@ -158,6 +207,11 @@ def extract_metadata(path: Path, cache: Path) -> Path:
             # Without the configuration it would read the metadata for it once more.
             tokenizer = AutoTokenizer.from_pretrained(**source, config=config)
             tokenizer = _mend_tokenizer(tokenizer, reader)
+        factors = {t.name: t.data for t in reader.tensors if t.name.startswith("rope_")}
+        if factors:
+            size = getattr(config, "head_dim", None)
+            size = size or config.hidden_size // config.num_attention_heads
+            config.rope_scaling = rope_scaling(path, factors, config.rope_theta, size)
         if not config.architectures:
             # A GGUF file names the kind of model only; vLLM wants the class.
             from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
