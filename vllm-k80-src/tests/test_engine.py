@@ -1,12 +1,12 @@
 """The engine with our operators under it: every layer goes through them."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import engines
 import pytest
 import torch
 import transformers
@@ -69,17 +69,9 @@ print("RESULT " + json.dumps({
 
 
 def run(engine: dict[str, Any], prompts: Any, tokens: int) -> dict[str, Any]:
-    arguments = json.dumps({"engine": engine, "prompts": prompts, "tokens": tokens})
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "0.1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+    arguments = {"engine": engine, "prompts": prompts, "tokens": tokens}
+    result: dict[str, Any]
+    [result] = engines.results(RUN, arguments)
     return result
 
 
@@ -224,12 +216,5 @@ def test_tensor_parallel_of_two_gives_the_same_tokens(tiny: Path) -> None:
     )
     script = tiny / "tp.py"
     script.write_text(code)
-    done = subprocess.run(
-        [sys.executable, str(script), str(tiny), json.dumps(selftest.PROMPTS[0])],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "0.1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"RESULT {list(selftest.EXPECTED[0][:6])}" in done.stdout
+    said = engines.run(str(script), str(tiny), json.dumps(selftest.PROMPTS[0]))
+    assert f"RESULT {list(selftest.EXPECTED[0][:6])}" in said

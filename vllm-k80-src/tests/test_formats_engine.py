@@ -4,13 +4,11 @@ All engines run one after the other in one process: importing vLLM takes longer 
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import engines
 import gguf
 import numpy as np
 import pytest
@@ -369,16 +367,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         (root / name / "config.json").write_text(json.dumps(CONFIG | changes))
         jobs[name] = {"model": str(root / name), "load_format": "dummy"} | options
         expected[name] = None
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps([jobs, PROMPT, TOKENS])],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "0.1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+    [found] = engines.results(RUN, [jobs, PROMPT, TOKENS])
     return {name: [expected[name], *found[name], jobs[name]] for name in jobs}
 
 

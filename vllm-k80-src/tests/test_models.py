@@ -13,13 +13,10 @@ each kind of attention and of positions.
 """
 
 import copy
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+import engines
 import pytest
 import torch
 import transformers
@@ -453,17 +450,8 @@ def results(
             arguments = FP16_WEIGHTS
         options = {"model": str(directory), "max_model_len": 128} | arguments | family.engine
         jobs.append([(name, storage), options])
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps([jobs, PROMPTS, TOKENS])],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "0.1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if "RESULT" in line]
     found = {}
-    for case, runs, vocabulary in map(json.loads, lines):
+    for case, runs, vocabulary in engines.results(RUN, [jobs, PROMPTS, TOKENS]):
         name, storage = case
         if storage == "W4" and vocabulary:
             narrow(models[name, storage], *vocabulary)
