@@ -12,7 +12,11 @@ from vllm_k80 import architectures, readiness
 from vllm_k80.errors import UserError
 from vllm_k80.quantization import methods
 
-MIDDLEWARE = ("vllm_k80.keys.SecondKeyMiddleware", "vllm_k80.readiness.ReadinessMiddleware")
+MIDDLEWARE = (
+    "vllm_k80.keys.SecondKeyMiddleware",
+    "vllm_k80.readiness.ReadinessMiddleware",
+    "vllm_k80.streams.FirstTokenMiddleware",
+)
 
 
 def metadata_cache() -> Path:
