@@ -102,6 +102,9 @@ class Server:
         for name in ("die0", "die1"):
             unit, sha256 = f"/etc/systemd/system/vllm-k80-{name}.service", hashlib.sha256(b"unit")
             self.file(unit, "unit")
+            self.file(f"etc/vllm-k80/staged/{name}.service", "unit")
+            for place in ("", "staged/"):
+                self.file(f"etc/vllm-k80/{place}{name}.env", "# of it\nVLLM_API_KEY=a\n")
             # A root of its own, in which the path is the host's.
             self.file(f"run/vllm-k80/vllm-k80-{name}.started", f"{sha256.hexdigest()}  {unit}\n")
         self.answer("ldconfig", f"\tlibcuda.so.1 (libc6,x86-64) => {self.library()}\n")
@@ -559,6 +562,26 @@ FAULTS: dict[str, tuple[Fault, dict[str, str], list[str]]] = {
         {"instance-current": "warn"},
         FIRST,
     ),
+    "update that failed": (
+        content("etc/vllm-k80/staged/die1.service", "new unit"),
+        {"instance-change": "warn"},
+        SECOND,
+    ),
+    "update interrupted": (
+        content("etc/vllm-k80/before/die0.service", "old unit"),
+        {"instance-change": "warn"},
+        FIRST,
+    ),
+    "keys still changing": (
+        content("etc/vllm-k80/die0.env", "# of it\nVLLM_API_KEY=a\nVLLM_K80_SECOND_API_KEY=b\n"),
+        {"instance-change": "warn"},
+        FIRST,
+    ),
+    "drained": (
+        content("var/lib/vllm-k80/instances/die1/drained", "operator\n"),
+        {"instance-drained": "warn"},
+        SECOND,
+    ),
     "probes stopped": (
         unit("vllm-k80-die0-liveness.timer", ActiveState="inactive"),
         {"instance-liveness": "fail"},
@@ -637,6 +660,35 @@ def test_an_instance_that_does_not_generate(
     assert told(report) == {"instance-ready": "fail"}
     assert "the last proof is old" in detail(report, "instance-ready")
     assert code == 2
+
+
+def test_who_drained_an_instance_and_when(
+    server: Server, instances: tuple[int, type[Ready]]
+) -> None:
+    drained = server.root / "var/lib/vllm-k80/instances/die1/drained"
+    write(drained, "maintenance\n")
+    os.utime(drained, (1e9, 1e9))
+    # It goes on generating.
+    handler = instances[1]
+    handler.status = 404
+    handler.content = b'{"ready": false, "reason": "drained", "proof": {"age": 3.2}}'
+    code, report = server.examine()
+    assert told(report) == {"instance-drained": "warn"}
+    assert "instance die1 is drained by maintenance since 2001-09-" in detail(
+        report, "instance-drained"
+    )
+    assert code == 1
+    # One of an update that a reboot has ended.
+    write(drained, "update 00000000-0000-0000-0000-000000000001\n")
+    assert told(server.examine()[1]) == {}
+
+
+def test_what_is_said_of_a_change(server: Server) -> None:
+    server.file("etc/vllm-k80/staged/die0.service", "new unit")
+    server.file("etc/vllm-k80/staged/die0.env", "VLLM_API_KEY=b\n")
+    _, report = server.examine()
+    words = "instance die0 does not run the unit and environment staged for it"
+    assert detail(report, "instance-change") == words
 
 
 def test_an_instance_that_nobody_answers_for(server: Server) -> None:
@@ -794,7 +846,7 @@ def test_what_is_declared_is_what_the_roles_have_told(
     instance = {"name": "a", "dies": SECOND, "uuids": [UUIDS[1]], "address": "127.0.0.1"}
     instance |= {"port": 8001, "model": "tiny", "arguments": ["--api-key", "secret"]}
     models = {"tiny": {"host_path": "/srv/tiny", "serve_path": "/models/tiny", "revision": "1"}}
-    content = declared(facts, [instance], models, {"tiny": {"source": "directory"}})
+    content = declared(facts, [instance], models, {"tiny": {"source": "directory"}}, {})
     assert content == {
         "dies": [
             {"pci_address": DIES[0], "board": BOARD, "uuid": ""},
@@ -817,6 +869,19 @@ def test_what_is_declared_is_what_the_roles_have_told(
         },
         "instances": [
             {key: instance[key] for key in ("name", "dies", "uuids", "address", "port", "model")}
+        ],
+    }
+    # A run of the driver's role alone.
+    later = {"dies": facts["dies"], "driver": {"version": "470.1", "units": ["new.service"]}}
+    later |= {"toolkit": {}, "image": "", "limits": {}}
+    assert declared(later, [], {}, {}, content) == content | {
+        "driver": {"version": "470.1"},
+        "boot_units": [
+            "docker.service",
+            "k80-nvidia-uvm.service",
+            "new.service",
+            "vllm-k80-a.service",
+            "vllm-k80-a-liveness.timer",
         ],
     }
 

@@ -45,13 +45,14 @@ class Server:
         self.calls, self.kill_at = 0, -1
         self.ends_after: float | None = None
 
-    def files(self, image: str, key: str = "a") -> Any:
+    def files(self, image: str, key: str = "a", former: str = "") -> Any:
         unit = (
             f"[Service]\nExecStart=docker run {image}\n\n[X-K80]\nAddress=127.0.0.1\nPort=8001\n"
             f"Dies=GPU-a GPU-b\nImage={image}\nModel=m\nGolden=/var/lib/vllm-k80/golden-x.json\n"
             "User=1:1\nStartTimeout=10\nProbeTimeout=5\n"
         )
-        return self.program.Files(unit, f"VLLM_API_KEY={key}\n")
+        keys = f"VLLM_API_KEY={key}\n" + (f"VLLM_K80_SECOND_API_KEY={former}\n" if former else "")
+        return self.program.Files(unit, f"# of die0\n{keys}OTHER=1\n")
 
     def stage(self, image: str, key: str = "a") -> Any:
         files = self.files(image, key)
@@ -187,13 +188,53 @@ def test_one_that_serves_waits_and_then_changes(server: Server, served: Any) -> 
     assert server.instance.files("before") is None
 
 
-def test_another_key_needs_no_self_test(server: Server, served: Any) -> None:
-    new = server.stage("good:1", key="b")
+def test_a_key_is_changed_in_two_steps(server: Server, served: Any) -> None:
+    """In between gateways may send either."""
+    server.stage("good:2")
     server.apply()
-    assert server.serves(new)
-    assert server.log == ["stop", "start good:1"]
+    server.log.clear()
+    options = server.program.Options(6, 60, 0, 3, False)
+    assert server.program.forget_key(server.instance, options) == "unchanged"
+
+    server.stage("good:2", key="b")
+    assert server.apply() == "changed"
+    assert server.serves(server.files("good:2", "b", former="a"))
+    assert server.apply() == "unchanged"
+    assert server.program.listing(server.instance)["staged"] is True
+    assert server.program.listing(server.instance)["two_keys"] is True
+
+    assert server.program.forget_key(server.instance, options) == "changed"
+    assert server.serves(server.files("good:2", "b"))
+    assert server.apply() == "unchanged"
+    assert server.program.listing(server.instance)["two_keys"] is False
+    assert server.log == ["stop", "start good:2"] * 2  # the same image needs no self-test
+
+    # The way back leads to the other image, with the key of today.
+    assert server.instance.files("previous") == served
     environment = Path(server.instance.paths("previous")[1])
     assert environment.stat().st_mode & 0o777 == 0o600
+    server.program.rollback(server.instance, options)
+    assert server.serves(server.files("good:1", "b"))
+
+
+def test_a_change_of_keys_goes_on_with_other_changes_and_back(server: Server, served: Any) -> None:
+    server.stage("good:1", key="b")
+    server.apply()
+    server.stage("good:2", key="b")
+    server.apply()
+    assert server.serves(server.files("good:2", "b", former="a"))
+    server.stage("good:2", key="a")
+    server.apply()
+    assert server.serves(server.files("good:2", "a", former="b"))
+
+
+def test_a_third_key_has_to_wait(server: Server, served: Any) -> None:
+    server.stage("good:1", key="b")
+    server.apply()
+    server.stage("good:1", key="c")
+    with pytest.raises(server.program.ChangeError, match="it takes two keys already"):
+        server.apply()
+    assert server.serves(server.files("good:1", "b", former="a"))
 
 
 def test_requests_finish_before_it_stops(server: Server, served: Any) -> None:
@@ -301,6 +342,21 @@ def test_what_the_operator_drained_stays_drained(server: Server, served: Any) ->
     assert server.instance.drained_by() == "operator"
 
 
+def test_each_lifts_its_own_drain_and_the_operator_all(server: Server, served: Any) -> None:
+    instance = server.instance
+    assert instance.drain("update") is True
+    assert instance.drain("maintenance") is True
+    assert instance.drain("update") is False
+    assert instance.lift("update") is False
+    server.stage("good:2")
+    server.apply()
+    assert instance.drained_by() == "maintenance"
+    assert instance.drain("operator") is True
+    assert instance.drain("maintenance") is False
+    assert instance.lift("maintenance") is False
+    assert instance.drained_by() == "operator"
+
+
 def test_a_drain_of_an_update_ends_with_the_boot(server: Server, served: Any) -> None:
     server.instance.drain("update")
     assert server.instance.drained_by() == "update"
@@ -335,6 +391,44 @@ def test_rollback_goes_there_and_back_again(server: Server, served: Any) -> None
     server.images.remove("good:1")
     with pytest.raises(server.program.ChangeError, match="its former image, good:1, is not on"):
         server.program.rollback(server.instance, options)
+
+
+def test_start_waits_for_what_is_about_to_start(server: Server, served: Any) -> None:
+    assert server.program.start(server.instance) == "unchanged"
+    server.active = False
+    assert server.program.start(server.instance) == "changed"
+    assert server.log == ["start good:1"]
+    server.active = False
+    server.instance.put("live", server.files("broken:1"))
+    with pytest.raises(server.program.ChangeError, match="it did not start"):
+        server.program.start(server.instance)
+
+
+def test_the_command_drains_and_undrains(
+    server: Server, served: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr(server.program.signal, "signal", lambda *_: None)
+    Path(server.program.UNITS, "vllm-k80-die0-liveness.timer").touch()
+
+    def said(*words: str) -> str:
+        monkeypatch.setattr("sys.argv", ["k80-instance", *words])
+        status = server.program.main()
+        captured = capsys.readouterr()
+        return f"{status} {captured.out}{captured.err}"
+
+    assert said("drain", "--by", "maintenance") == "0 die0: changed\n"
+    assert said("drain", "die0") == "0 die0: changed\n"
+    assert said("drain", "die0") == "0 die0: unchanged\n"
+    assert said("undrain", "--by", "maintenance") == "0 die0: unchanged\n"
+    assert server.instance.drained_by() == "operator"
+    assert said("undrain") == "0 die0: changed\n"
+    assert said("undrain") == "0 die0: unchanged\n"
+    server.requests = [1] * 1000
+    assert said("drain", "--drain-limit", "20") == (
+        "1 k80-instance: die0: it still has requests after 20 s; it gets no new ones.\n"
+    )
+    assert said("drain", "die7").startswith("1 k80-instance: die7: there is no such instance;")
 
 
 def test_restart(server: Server, served: Any) -> None:

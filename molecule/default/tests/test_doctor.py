@@ -282,6 +282,29 @@ FAULTS = {
         {"instance-current": "warn"},
         FIRST,
     ),
+    "update that failed": (
+        edited("/etc/vllm-k80/staged/die1.service", "s/^Image=.*/Image=vllm-k80:new/"),
+        {"instance-change": "warn"},
+        SECOND,
+    ),
+    "keys still changing": (
+        (
+            "cp --preserve /run/vllm-k80/vllm-k80-die0.started /root/started;"
+            " cp --preserve /etc/vllm-k80/die0.env /root/kept;"
+            " echo VLLM_K80_SECOND_API_KEY=former >> /etc/vllm-k80/die0.env;"
+            " sha256sum /etc/systemd/system/vllm-k80-die0.service /etc/vllm-k80/die0.env"
+            " > /run/vllm-k80/vllm-k80-die0.started",
+            "mv /root/kept /etc/vllm-k80/die0.env;"
+            " mv /root/started /run/vllm-k80/vllm-k80-die0.started",
+        ),
+        {"instance-change": "warn"},
+        FIRST,
+    ),
+    "drained": (
+        ("k80-instance drain --settle 0 die1", "k80-instance undrain die1"),
+        {"instance-drained": "warn"},
+        SECOND,
+    ),
     "probes stopped": (
         (
             "systemctl stop vllm-k80-die1-liveness.timer",

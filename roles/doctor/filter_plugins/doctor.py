@@ -6,16 +6,23 @@ INSTANCE = ("name", "dies", "uuids", "address", "port", "model")
 
 
 def declared(
-    facts: dict, instances: list[dict], models: dict[str, dict], catalogue: dict[str, dict]
+    facts: dict,
+    instances: list[dict],
+    models: dict[str, dict],
+    catalogue: dict[str, dict],
+    known: dict,
 ) -> dict:
     """The content of ``/etc/vllm-k80/doctor.json``. Nothing of it is secret.
 
     Args:
         facts: dies (``preflight_dies``), driver, toolkit, image, limits. What a run has left out
-            is empty, and is left out here, so that the doctor skips what it would judge by it.
+            is empty.
         instances: ``vllm_instance_resolved``.
         models: ``vllm_model_paths``. catalogue: ``vllm_model_catalogue``.
+        known: what an earlier run has declared, which stays where this run has left it out. What
+            none has declared is left out, so that the doctor skips what it would judge by it.
     """
+    instances = instances or known.get("instances", [])
     uuids = {
         die: uuid
         for instance in instances
@@ -30,6 +37,7 @@ def declared(
         for die in facts["dies"]
     ]
     units = ["docker.service"]
+    units += [unit for unit in known.get("boot_units", []) if not unit.startswith("vllm-k80-")]
     parts = {}
     for name in ("driver", "toolkit"):
         parts[name] = {key: value for key, value in facts[name].items() if key != "units"}
@@ -41,7 +49,7 @@ def declared(
         facts,
         **parts,
         dies=dies,
-        boot_units=units,
+        boot_units=list(dict.fromkeys(units)),
         models={
             name: {
                 "host_path": model["host_path"],
@@ -53,7 +61,7 @@ def declared(
         },
         instances=[{key: instance[key] for key in INSTANCE} for instance in instances],
     )
-    return {name: value for name, value in content.items() if value}
+    return known | {name: value for name, value in content.items() if value}
 
 
 class FilterModule:
