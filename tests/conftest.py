@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
@@ -15,12 +17,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def load_module() -> Callable[[str], ModuleType]:
-    """Imports a module or plug-in of a role by its path in the repository."""
+    """Imports a module, plug-in or program of a role by its path in the repository."""
 
     def load(path: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+        # The loader is named for programs, whose names have no ending.
+        name = Path(path).stem.replace("-", "_")
+        loader = SourceFileLoader(name, str(ROOT / path))
+        spec = importlib.util.spec_from_file_location(name, ROOT / path, loader=loader)
         assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
+        # Dataclasses and named tuples look their module up.
+        sys.modules.setdefault(name, module)
         spec.loader.exec_module(module)
         return module
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from vllm_k80 import cli, readiness
+from vllm_k80 import cli, keys, readiness, serve
 
 
 class Engine:
@@ -21,6 +21,7 @@ class Engine:
     tokens: tuple[int, ...] = tuple(range(16))
     status = 200
     delay = 0.0
+    slow_once = 0.0
     flip = False
     key: str | None = None
 
@@ -45,7 +46,8 @@ def engine() -> Iterator[Engine]:
 
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            time.sleep(state.delay)
+            time.sleep(state.delay + state.slow_once)
+            state.slow_once = 0.0
             if state.status != 200:
                 self.answer(state.status, {"error": "engine is dead"})
                 return
@@ -68,6 +70,7 @@ def engine() -> Iterator[Engine]:
 def proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "run" / "proof.json"
     monkeypatch.setattr(readiness, "PROOF", path)
+    monkeypatch.setattr(readiness, "DRAINED", tmp_path / "drained")
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     return path
 
@@ -97,6 +100,26 @@ def test_other_tokens_fail_and_withdraw_the_proof(engine, tmp_path, capsys, proo
     assert "position 5" in capsys.readouterr().err
     assert not proof.exists()
     assert json.loads(golden.read_text())["tokens"] == list(range(16))  # kept as evidence
+
+
+def test_a_server_that_has_become_slow_fails(engine, tmp_path, capsys) -> None:
+    golden = tmp_path / "golden.json"
+    engine.delay = 0.05
+    assert probe(engine, "--golden", str(golden), "--max-slowdown", "3") == 0
+    engine.delay = 0.5
+    assert probe(engine, "--golden", str(golden), "--max-slowdown", "3") == 1
+    assert "times as long as when they were recorded; 3 times is the limit" in (
+        capsys.readouterr().err
+    )
+    assert probe(engine, "--golden", str(golden)) == 0
+
+
+def test_one_slow_answer_is_not_slowness(engine, tmp_path) -> None:
+    golden = tmp_path / "golden.json"
+    engine.delay = 0.05
+    assert probe(engine, "--golden", str(golden)) == 0
+    engine.slow_once = 0.7
+    assert probe(engine, "--golden", str(golden), "--max-slowdown", "3") == 0
 
 
 def test_nothing_is_recorded_when_two_generations_differ(engine, tmp_path, capsys) -> None:
@@ -148,7 +171,7 @@ def test_wait_ends_with_a_sentence(capsys) -> None:
     assert "No server after 2 s" in capsys.readouterr().err
 
 
-def ask_ready() -> tuple[int, dict[str, Any]]:
+def ask_ready(query: bytes = b"") -> tuple[int, dict[str, Any]]:
     """``GET /ready`` through the middleware."""
     sent: list[dict[str, Any]] = []
 
@@ -158,7 +181,7 @@ def ask_ready() -> tuple[int, dict[str, Any]]:
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "path": "/ready"}
+    scope = {"type": "http", "path": "/ready", "query_string": query}
     asyncio.run(readiness.ReadinessMiddleware(app)(scope, None, send))  # type: ignore[arg-type]
     return sent[0]["status"], json.loads(sent[1]["body"])
 
@@ -174,6 +197,66 @@ def test_ready_follows_the_proof(proof, monkeypatch) -> None:
     status, content = ask_ready()
     assert status == 503
     assert "limit is 30 s" in content["reason"]
+
+
+def test_a_drained_server_is_ready_for_nothing_new(proof, monkeypatch) -> None:
+    readiness.DRAINED.write_text("operator\n")
+    assert ask_ready()[0] == 503  # not proven comes first: nothing may bring it back by a 404
+    readiness.write_proof("golden", 1.0)
+    assert ask_ready()[0] == 404
+    assert ask_ready()[1]["reason"] == "drained by operator"
+    readiness.DRAINED.unlink()
+    assert ask_ready()[0] == 200
+
+
+def test_an_update_that_a_reboot_ended_drains_nothing(proof) -> None:
+    readiness.write_proof("golden", 1.0)
+    readiness.DRAINED.write_text(f"update {readiness.BOOT_ID.read_text()}")
+    assert ask_ready()[1]["reason"] == "drained by update"
+    readiness.DRAINED.write_text("update 00000000-0000-0000-0000-000000000000\n")
+    assert ask_ready()[0] == 200
+
+
+def test_ready_for_a_model_that_is_served(proof, monkeypatch) -> None:
+    readiness.write_proof("golden", 1.0)
+    names = serve.served_names(["serve", "/m", "--served-model-name", "a b", "c", "--port", "1"])
+    monkeypatch.setenv(readiness.SERVED_NAMES, json.dumps(names))
+    assert [ask_ready(query)[0] for query in (b"", b"model=a%20b", b"model=c", b"model=d")] == [
+        200,
+        200,
+        200,
+        404,
+    ]
+    assert ask_ready(b"model=d")[1]["reason"] == "this server serves a b, c"
+
+
+@pytest.mark.parametrize(
+    ("sent", "received"), [("first", "first"), ("second", "first"), ("third", "third")]
+)
+def test_a_second_key_is_as_good_as_the_first(monkeypatch, sent, received) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "first")
+    monkeypatch.setenv("VLLM_K80_SECOND_API_KEY", "second")
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.extend(scope["headers"])
+
+    scope = {"type": "http", "headers": [(b"authorization", f"Bearer {sent}".encode())]}
+    asyncio.run(keys.SecondKeyMiddleware(app)(scope, None, None))  # type: ignore[arg-type]
+    assert seen == [(b"authorization", f"Bearer {received}".encode())]
+
+
+def test_without_a_second_key_none_opens(monkeypatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "first")
+    monkeypatch.setenv("VLLM_K80_SECOND_API_KEY", "")
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.extend(scope["headers"])
+
+    scope = {"type": "http", "headers": [(b"authorization", b"Bearer ")]}
+    asyncio.run(keys.SecondKeyMiddleware(app)(scope, None, None))  # type: ignore[arg-type]
+    assert seen == [(b"authorization", b"Bearer ")]
 
 
 def test_other_paths_pass_through() -> None:

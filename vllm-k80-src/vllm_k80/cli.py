@@ -37,6 +37,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="compare with the golden tokens in FILE, or record them there if it does not exist",
     )
+    probe.add_argument(
+        "--max-slowdown",
+        type=float,
+        default=0,
+        metavar="F",
+        help="fail if they take more than F times as long as when they were recorded",
+    )
 
     predict = commands.add_parser(
         "predict",
@@ -162,7 +169,15 @@ def main(argv: list[str] | None = None) -> int:
                 from vllm_k80 import probe
 
                 url = arguments.url.rstrip("/")
-                print(probe.run(url, arguments.wait, arguments.timeout, arguments.golden))
+                print(
+                    probe.run(
+                        url,
+                        arguments.wait,
+                        arguments.timeout,
+                        arguments.golden,
+                        arguments.max_slowdown,
+                    )
+                )
             case "predict":
                 from vllm_k80 import predict
 

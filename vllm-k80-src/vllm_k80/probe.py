@@ -98,38 +98,61 @@ def wait_until_up(url: str, seconds: float) -> None:
             time.sleep(1)
 
 
-def prove_golden(url: str, golden: Path, timeout: float) -> str:
+def timed_golden(url: str, timeout: float) -> tuple[list[int], float]:
+    """The golden tokens, and the seconds that they took."""
+    started = time.monotonic()
+    tokens = generate(url, GOLDEN_TOKENS, timeout)
+    return tokens, time.monotonic() - started
+
+
+def record_golden(url: str, golden: Path, tokens: list[int], timeout: float) -> str:
+    """Record the golden tokens, if a second generation makes them too.
+
+    That second time, when everything is warm, is recorded with them. The file is written whole or
+    not at all.
+    """
+    again, seconds = timed_golden(url, timeout)
+    if again != tokens:
+        raise ProbeError(
+            f"Two greedy generations differ: {tokens} and {again}. The die does not compute "
+            f"reliably; run `vllm-k80 selftest` on it."
+        )
+    record = {
+        "prompt": GOLDEN_PROMPT,
+        "tokens": tokens,
+        "seconds": round(seconds, 3),
+        "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    golden.parent.mkdir(parents=True, exist_ok=True)
+    partial = golden.with_suffix(".partial")
+    partial.write_text(json.dumps(record) + "\n")
+    partial.replace(golden)
+    return f"Recorded {len(tokens)} golden tokens in {golden}."
+
+
+def prove_golden(url: str, golden: Path, timeout: float, max_slowdown: float = 0) -> str:
     """Compare with the tokens recorded in ``golden``, or record them.
 
-    They are recorded only if two generations agree. The file is written whole or not at all.
+    Args:
+        url: base address of the server, without ``/v1``.
+        golden: the file.
+        timeout: seconds for each request.
+        max_slowdown: how many times as long as when they were recorded the tokens may take; the
+            best of three attempts counts. 0 for as long as they like.
 
     Returns:
         What was done, as one sentence.
 
     Raises:
-        ProbeError: they differ.
+        ProbeError: they differ, or take too long.
     """
-    tokens = generate(url, GOLDEN_TOKENS, timeout)
+    tokens, seconds = timed_golden(url, timeout)
     if not golden.exists():
-        again = generate(url, GOLDEN_TOKENS, timeout)
-        if again != tokens:
-            raise ProbeError(
-                f"Two greedy generations differ: {tokens} and {again}. The die does not compute "
-                f"reliably; run `vllm-k80 selftest` on it."
-            )
-        record = {
-            "prompt": GOLDEN_PROMPT,
-            "tokens": tokens,
-            "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        golden.parent.mkdir(parents=True, exist_ok=True)
-        partial = golden.with_suffix(".partial")
-        partial.write_text(json.dumps(record) + "\n")
-        partial.replace(golden)
-        return f"Recorded {len(tokens)} golden tokens in {golden}."
+        return record_golden(url, golden, tokens, timeout)
     try:
-        recorded = json.loads(golden.read_text())["tokens"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        record = json.loads(golden.read_text())
+        recorded, limit = record["tokens"], max_slowdown * record.get("seconds", 0)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise ProbeError(
             f"{golden} is damaged. Remove it: the next start records the golden tokens anew."
         ) from None
@@ -141,10 +164,18 @@ def prove_golden(url: str, golden: Path, timeout: float) -> str:
             f"became {tokens}. Run `vllm-k80 selftest` on this die; if it passes, remove the file "
             f"to record anew."
         )
+    for _ in range(2):
+        if limit and seconds > limit:
+            seconds = min(seconds, timed_golden(url, timeout)[1])
+    if limit and seconds > limit:
+        raise ProbeError(
+            f"The golden tokens took {seconds:.1f} s, {seconds / limit * max_slowdown:.1f} times "
+            f"as long as when they were recorded; {max_slowdown:g} times is the limit."
+        )
     return f"Reproduced {len(tokens)} golden tokens."
 
 
-def run(url: str, wait: float, timeout: float, golden: Path | None) -> str:
+def run(url: str, wait: float, timeout: float, golden: Path | None, max_slowdown: float = 0) -> str:
     """Probe, and leave or remove the proof that `readiness` reads.
 
     Raises:
@@ -155,7 +186,7 @@ def run(url: str, wait: float, timeout: float, golden: Path | None) -> str:
             wait_until_up(url, wait)
         started = time.monotonic()
         if golden is not None:
-            message = prove_golden(url, golden, timeout)
+            message = prove_golden(url, golden, timeout, max_slowdown)
         else:
             generate(url, 1, timeout)
             message = "Generated one token."

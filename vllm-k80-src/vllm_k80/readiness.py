@@ -1,8 +1,13 @@
-"""``GET /ready``: whether this server has generated tokens lately.
+"""``GET /ready``: whether this server has generated tokens lately and may be given more to do.
 
 vLLM's ``/health`` only says that the server's process runs; it stays 200 when the engine hangs.
-``vllm-k80 probe`` generates tokens over HTTP and leaves a proof; a gateway asks ``/ready``,
-which is 200 as long as there is a fresh one.
+``vllm-k80 probe`` generates tokens over HTTP and leaves a proof; a gateway asks ``/ready``:
+
+- 200 as long as there is a fresh proof,
+- 503 without one,
+- 404 if this server generates, but is to get no new requests: it is drained (the file ``DRAINED``
+  is there), or it does not serve the model that ``?model=`` names. HAProxy's ``disable-on-404``
+  lets such a server finish what it has.
 """
 
 import json
@@ -11,8 +16,14 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 PROOF = Path(os.environ.get("VLLM_K80_PROOF", "/tmp/vllm-k80/proof.json"))
+# Made and removed by the server's `k80-instance`.
+DRAINED = Path(os.environ.get("VLLM_K80_DRAINED", "/var/lib/vllm-k80/drained"))
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+# The names that the server serves, a JSON list; set by `vllm-k80 serve`.
+SERVED_NAMES = "VLLM_K80_SERVED_NAMES"
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -32,10 +43,26 @@ def remove_proof() -> None:
     PROOF.unlink(missing_ok=True)
 
 
-def status(now: float | None = None) -> tuple[bool, dict[str, Any]]:
-    """Whether the server is ready, and why (not), for a JSON answer.
+def drained_by() -> str | None:
+    """Who wants this server to get no new requests: ``operator``, ``update``, or None if nobody.
+
+    The file holds one of these words. After ``update`` comes the boot in which it was written: an
+    update that a reboot has ended lifts nothing any more.
+    """
+    try:
+        words = DRAINED.read_text().split()
+    except OSError:
+        return None
+    if words[:1] == ["update"] and words[1:] != [BOOT_ID.read_text().strip()]:
+        return None
+    return words[0] if words else "operator"
+
+
+def status(model: str | None = None, now: float | None = None) -> tuple[int, dict[str, Any]]:
+    """The HTTP status of ``/ready``, and why, for a JSON answer.
 
     Args:
+        model: the model that requests would be for; None for whatever is served.
         now: seconds since the epoch; the current time if None. The age of a proof is that of
             its file.
     """
@@ -44,12 +71,18 @@ def status(now: float | None = None) -> tuple[bool, dict[str, Any]]:
         age = (time.time() if now is None else now) - PROOF.stat().st_mtime
         proof = json.loads(PROOF.read_text())
     except FileNotFoundError:
-        return False, {"ready": False, "reason": "no tokens have been generated yet"}
+        return 503, {"ready": False, "reason": "no tokens have been generated yet"}
     proof["age"] = round(age, 1)
     if age > limit:
         reason = f"the last proof is {age:.0f} s old, the limit is {limit:.0f} s"
-        return False, {"ready": False, "reason": reason, "proof": proof}
-    return True, {"ready": True, "proof": proof}
+        return 503, {"ready": False, "reason": reason, "proof": proof}
+    served = json.loads(os.environ.get(SERVED_NAMES, "[]"))
+    if model is not None and model not in served:
+        reason = f"this server serves {', '.join(served)}"
+        return 404, {"ready": False, "reason": reason, "proof": proof}
+    if who := drained_by():
+        return 404, {"ready": False, "reason": f"drained by {who}", "proof": proof}
+    return 200, {"ready": True, "proof": proof}
 
 
 class ReadinessMiddleware:
@@ -62,14 +95,9 @@ class ReadinessMiddleware:
         if scope["type"] != "http" or scope["path"] != "/ready":
             await self.app(scope, receive, send)
             return
-        ready, content = status()
+        asked = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("model")
+        code, content = status(asked[0] if asked else None)
         body = json.dumps(content).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-        await send(
-            {
-                "type": "http.response.start",
-                "status": 200 if ready else 503,
-                "headers": headers,
-            }
-        )
+        await send({"type": "http.response.start", "status": code, "headers": headers})
         await send({"type": "http.response.body", "body": body})

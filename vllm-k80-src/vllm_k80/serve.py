@@ -8,11 +8,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vllm_k80 import architectures
+from vllm_k80 import architectures, readiness
 from vllm_k80.errors import UserError
 from vllm_k80.quantization import methods
 
-MIDDLEWARE = "vllm_k80.readiness.ReadinessMiddleware"
+MIDDLEWARE = ("vllm_k80.keys.SecondKeyMiddleware", "vllm_k80.readiness.ReadinessMiddleware")
 
 
 def metadata_cache() -> Path:
@@ -79,7 +79,9 @@ def server_arguments(model: str, rest: list[str]) -> list[str]:
     path = Path(model)
     _check_model(model, rest)
     given = {flag.split("=")[0] for flag in rest}
-    arguments = ["serve", model, *rest, "--middleware", MIDDLEWARE]
+    arguments = ["serve", model, *rest]
+    for middleware in MIDDLEWARE:
+        arguments += ["--middleware", middleware]
     if path.suffix == ".gguf":
         from vllm_k80.quantization.gguf_file import extract_metadata
 
@@ -97,6 +99,17 @@ def server_arguments(model: str, rest: list[str]) -> list[str]:
         if not (path / "config.json").is_file():
             raise UserError(f"{model} has no config.json: it is not a Hugging Face checkpoint.")
     return arguments
+
+
+def served_names(arguments: list[str]) -> list[str]:
+    """The names under which the server of these arguments serves its model.
+
+    Args:
+        arguments: of ``vllm``, from `server_arguments`.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--served-model-name", nargs="+")
+    return parser.parse_known_args(arguments)[0].served_model_name or [arguments[1]]
 
 
 def _honour_bad_words() -> None:
@@ -138,5 +151,6 @@ def run(model: str, rest: list[str]) -> None:
     from vllm.entrypoints.cli.main import main as vllm
 
     _honour_bad_words()
+    os.environ[readiness.SERVED_NAMES] = json.dumps(served_names(arguments))
     sys.argv = ["vllm", *arguments]
     vllm()

@@ -48,7 +48,7 @@ def resolve_instances(
         dies: ``preflight_dies``.
         uuids: from `uuids_by_address`.
         models: ``vllm_model_paths``. catalogue: ``vllm_model_catalogue``.
-        settings: image, model, base_port, address, extra_args: what instances have in common.
+        settings: model, base_port, address, extra_args: what instances have in common.
     """
     by_address = {die["pci_address"]: die for die in dies}
     declared = instances or [
@@ -73,7 +73,7 @@ def resolve_instances(
         arguments = [*settings["extra_args"], *(instance.get("extra_args") or [])]
         if len(addresses) > 1:
             arguments = ["--tensor-parallel-size", str(len(addresses)), *arguments]
-        identity = [settings["image"], name, model["revision"], arguments]
+        identity = [name, model["revision"], arguments]
         own_dies = [by_address[address] for address in addresses]
         resolved.append(
             {
@@ -89,7 +89,7 @@ def resolve_instances(
                 "host_path": model["host_path"],
                 "serve_path": model["serve_path"],
                 "arguments": arguments,
-                # Another image, model or setting may round differently, so it records anew.
+                # Another model or setting has other tokens; another image is judged by these.
                 "golden": hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12],
             }
         )
