@@ -110,8 +110,9 @@ venv: .venv/stamp ## Install Ansible and the test tools into .venv
 	@tools/venv
 
 .PHONY: docs
-docs: ## Renew docs/troubleshooting.md from the doctor's checks
+docs: venv ## Renew docs/troubleshooting.md from the doctor's checks, and docs/monitoring.md from the alerts
 	@python3 roles/doctor/files/k80-doctor --markdown > docs/troubleshooting.md
+	@tools/alerts-table
 
 .PHONY: lock
 lock: venv ## Renew requirements.lock from requirements.in

@@ -220,6 +220,18 @@ class Server:
 
     def examine(self, *options: str) -> tuple[int, dict[str, Any]]:
         """The doctor's exit status and report."""
+        done = self.run("--json", *options)
+        return done.returncode, json.loads(done.stdout)
+
+    def metrics(self, *options: str) -> dict[str, float]:
+        """What it tells Prometheus, by name and labels."""
+        done = self.run("--metrics", *options)
+        assert done.returncode == 0
+        lines = [line.rpartition(" ") for line in done.stdout.splitlines() if line[0] != "#"]
+        return {name: float(value) for name, _, value in lines}
+
+    def run(self, *options: str) -> subprocess.CompletedProcess[str]:
+        """The program, on the server as it is by now."""
         if self.declared:
             self.file("etc/vllm-k80/doctor.json", json.dumps(self.declared))
         if not (self.answers / "nvidia-smi").exists():
@@ -236,14 +248,14 @@ class Server:
         for name, content in self.inside.items():
             self.answer(f"docker exec vllm-k80-{name}", json.dumps(content))
         done = subprocess.run(
-            [sys.executable, DOCTOR, "--root", self.root, "--json", *options],
+            [sys.executable, DOCTOR, "--root", self.root, *options],
             env=os.environ | {"PATH": f"{self.bin}:{os.environ['PATH']}"},
             capture_output=True,
             text=True,
             check=False,
         )
         assert done.stderr == ""
-        return done.returncode, json.loads(done.stdout)
+        return done
 
 
 class Listener(ThreadingHTTPServer):
@@ -914,6 +926,111 @@ def test_it_looks_for_modules_where_the_driver_s_role_does(
         if left:
             path = server.root / "lib/modules" / KERNEL / left
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+# ---- metrics
+
+
+def die_of(number: int) -> str:
+    """A die's labels, as they are written."""
+    return (
+        f'pci_address="{DIES[number]}",uuid="{UUIDS[number]}",board="{BOARD}"'
+        f',vllm_instance="die{number}"'
+    )
+
+
+def test_readings_are_told_in_base_units_by_what_names_the_die(server: Server) -> None:
+    values = {"temperature__gpu": "61", "power__draw": "121.50", "memory__used": "2"}
+    values |= {"clocks__current__graphics": "875", "utilization__gpu": "97"}
+    values |= {"ecc__errors__uncorrected__volatile__total": "2", "retired_pages__pending": "Yes"}
+    values |= {"clocks_throttle_reasons__active": "0x0000000000000044"}
+    smi(1, **values)(server)
+    xid(31, 31)(server)
+    told = server.metrics("dies")
+    die = die_of(1)
+    assert {name: told[name] for name in told if die in name} == {
+        f"k80_die_up{{{die}}}": 1,
+        f"k80_die_temperature_celsius{{{die}}}": 61,
+        f"k80_die_power_watts{{{die}}}": 121.5,
+        f"k80_die_power_limit_watts{{{die}}}": 149,
+        f'k80_die_clock_hertz{{{die},clock="graphics"}}': 875e6,
+        f'k80_die_clock_hertz{{{die},clock="memory"}}': 0,
+        f'k80_die_utilization_ratio{{{die},part="kernels"}}': 0.97,
+        f'k80_die_utilization_ratio{{{die},part="memory"}}': 0,
+        f"k80_die_memory_used_bytes{{{die}}}": 2 * 1024**2,
+        f"k80_die_memory_bytes{{{die}}}": 0,
+        f'k80_die_ecc_errors_total{{{die},bits="single"}}': 0,
+        f'k80_die_ecc_errors_total{{{die},bits="double"}}': 2,
+        f'k80_die_retired_pages{{{die},bits="single"}}': 0,
+        f'k80_die_retired_pages{{{die},bits="double"}}': 0,
+        f"k80_die_retired_pages_pending{{{die}}}": 1,
+        f'k80_die_throttled{{{die},reason="hardware slowdown"}}': 0,
+        f'k80_die_throttled{{{die},reason="software thermal slowdown"}}': 0,
+        f'k80_die_throttled{{{die},reason="hardware thermal slowdown"}}': 1,
+        f'k80_die_throttled{{{die},reason="power brake"}}': 0,
+        f'k80_die_throttled{{{die},reason="power limit"}}': 1,
+        f'k80_die_xids_total{{{die},xid="31"}}': 2,
+        **{f'k80_die_xids_total{{{die},xid="{code}"}}': 0 for code in (48, 62, 64, 79)},
+    }
+    assert told["k80_driver_up{}"] == 1
+    assert told[f'k80_driver_info{{version="{DRIVER}"}}'] == 1
+    assert told['k80_doctor_limit{name="temperature_fail"}'] == 88
+    assert f"k80_die_up{{{die_of(0)}}}" in told
+
+
+def test_a_lost_die_keeps_its_name_and_has_no_readings(server: Server) -> None:
+    rows = [", ".join(die[field] for field in server.fields) for die in server.smi]
+    server.answer("nvidia-smi", LOST, 15)
+    server.answer(f"nvidia-smi -i {DIES[0]}", rows[0] + "\n")
+    told = server.metrics("dies")
+    assert (told[f"k80_die_up{{{die_of(0)}}}"], told[f"k80_die_up{{{die_of(1)}}}"]) == (1, 0)
+    assert told["k80_driver_up{}"] == 1
+    assert f"k80_die_temperature_celsius{{{die_of(0)}}}" in told
+    assert f"k80_die_temperature_celsius{{{die_of(1)}}}" not in told
+
+
+@pytest.mark.parametrize("said", [MISMATCH, None])
+def test_a_driver_that_is_silent_is_told_and_what_has_no_value_is_not(
+    server: Server, said: str | None
+) -> None:
+    if said:
+        server.answer("nvidia-smi", said, 18)
+        told = server.metrics("dies")
+        assert (told["k80_driver_up{}"], told[f"k80_die_up{{{die_of(0)}}}"]) == (0, 0)
+    else:
+        smi(0, temperature__gpu="[N/A]", retired_pages__pending="[N/A]")(server)
+        told = server.metrics("dies")
+        assert f"k80_die_temperature_celsius{{{die_of(0)}}}" not in told
+        assert f"k80_die_retired_pages_pending{{{die_of(0)}}}" not in told
+
+
+def test_verdicts_are_told_and_skipped_checks_are_not(server: Server) -> None:
+    smi(1, temperature__gpu="83")(server)
+    told = server.metrics("checks")
+    assert told['k80_doctor_check{name="temperature"}'] == 1
+    assert told['k80_doctor_check{name="ecc-errors"}'] == 0
+    assert told[f"k80_doctor_die{{{die_of(0)}}}"] == 0
+    assert told[f"k80_doctor_die{{{die_of(1)}}}"] == 1
+    (server.answers / "nvidia-smi").unlink()
+    smi(1, ecc__errors__uncorrected__volatile__total="1")(server)
+    told = server.metrics("checks")
+    assert told['k80_doctor_check{name="ecc-errors"}'] == 2
+    server.answer("nvidia-smi", MISMATCH, 18)
+    told = server.metrics("checks")
+    assert told['k80_doctor_check{name="driver-match"}'] == 2
+    assert 'k80_doctor_check{name="temperature"}' not in told
+
+
+def test_a_file_of_metrics_is_replaced_as_a_whole(server: Server, tmp_path: Path) -> None:
+    file = tmp_path / "metrics" / "k80_dies.prom"
+    file.parent.mkdir()
+    file.write_text("old")
+    before = file.stat().st_ino
+    assert server.metrics("dies", "--output", str(file)) == {}
+    assert file.stat().st_ino != before
+    assert file.stat().st_mode & 0o777 == 0o644
+    assert [*file.parent.iterdir()] == [file]
+    assert file.read_text().startswith("# HELP k80_driver_up ")
 
 
 @pytest.mark.parametrize("arguments", [["--paint"], ["--timeout", "soon"]])

@@ -66,6 +66,13 @@ INVENTORIES: dict[str, dict[str, Any]] = {
         },
         "gateway_api_keys": [{"name": "a b", "key": KEY}],
     },
+    "monitoring": {
+        "monitoring_receiver": {"webhook": []},
+        "monitoring_retention_time": "two months",
+        "monitoring_retention_size": "10 GB",
+        "monitoring_repeat_interval": "1h30m",
+        "monitoring_checks_interval": 3600,
+    },
     "types": {
         "vllm_instance_base_port": "many",
         "vllm_instance_dtype": "bfloat16",
@@ -345,6 +352,13 @@ SENTENCES = {
         " 0.95 GB of the 10.80 GB that may be used of a die; the nearest that fits: --quantization"
         " k80-w8 in extra_args.",
     ],
+    "monitoring": [
+        "monitoring_receiver has 'webhook', which no receiver of Alertmanager has; it has for"
+        " example webhook_configs, or email_configs.",
+        "monitoring_retention_time is 'two months', which Prometheus cannot read; as in 60d.",
+        "monitoring_retention_size is '10 GB', which Prometheus cannot read; as in 10GB.",
+        "monitoring_checks_interval is 3600 seconds, but has to be from 1 to 900; correct it.",
+    ],
     "gateway": [
         "the key of 'anna' in gateway_api_keys has 5 characters, fewer than 24; set it to the"
         " output of: openssl rand -hex 24.",
@@ -374,7 +388,8 @@ def test_each_fault_is_told_by_name(findings: Callable[[str], list[str]], host: 
 
 
 @pytest.mark.parametrize(
-    "host", ["keyless", "placeholder", "ports", "reserved", "other-system", "misspelt"]
+    "host",
+    ["keyless", "placeholder", "ports", "reserved", "other-system", "misspelt", "monitoring"],
 )
 def test_nothing_else_is_told(findings: Callable[[str], list[str]], host: str) -> None:
     assert sorted(findings(host)) == sorted(SENTENCES[host])
@@ -427,6 +442,18 @@ def test_a_warning_stops_nothing_and_the_dies_are_told(tmp_path: Path) -> None:
     board = {"board": "0000:03:00.0", "numa_node": 0, "local_cpulist": "0-9"}
     assert run.dies["server"] == [{"pci_address": DIE0} | board, {"pci_address": DIE1} | board]
     assert {stats["changed"] for stats in run.stats.values()} == {0}
+
+
+def test_who_watches_is_one_of_the_hosts(judge: Judge, server: Path) -> None:
+    inventory = {"k80": ["server", "zeta"], "k80_monitoring": ["zeta", "eye"]}
+    host = judge.host(preflight_root=str(server))
+    host.inventory |= inventory
+    assert [*judge.plugin.watchers_are_among_the_hosts(host)] == [
+        "eye of k80_monitoring would watch nothing, being outside of k80; make the group a child of"
+        " k80."
+    ]
+    host.inventory["k80"].append("eye")
+    assert not [*judge.plugin.watchers_are_among_the_hosts(host)]
 
 
 def test_settings_are_planned_as_the_instance_gets_them(judge: Judge, server: Path) -> None:

@@ -22,7 +22,7 @@ pytest_runtest_makereport = reporting(
     SERVER,
     {
         "containers": "docker ps --all",
-        "units": "systemctl list-units --all --no-pager 'vllm-k80-*' docker haproxy",
+        "units": "systemctl list-units --all --no-pager 'vllm-k80-*' 'prometheus*' docker haproxy",
         # Without the lines that say nothing: checks that succeeded, and vLLM's list of routes.
         "journal": "journalctl --no-pager -u 'vllm-k80-*' -u docker -u haproxy --since -10min"
         " | grep -vE 'GET /ready|Route: |IPv6|ignoring event' | tail -n 100",

@@ -795,6 +795,39 @@ def gateways_have_servers(host: Host) -> Iterator[str]:
         yield "there is no server behind this gateway; add one to k80_servers."
 
 
+@check("k80")
+def watchers_are_among_the_hosts(host: Host) -> Iterator[str]:
+    outside = {*host.inventory.get("k80_monitoring", [])} - {*host.inventory.get("k80", [])}
+    if outside and host.name == min(host.inventory["k80"]):
+        yield (
+            f"{', '.join(sorted(outside))} of k80_monitoring would watch nothing, being outside of"
+            " k80; make the group a child of k80."
+        )
+
+
+@check("k80")
+def monitoring_takes_its_settings(host: Host) -> Iterator[str]:
+    for name in host.get("monitoring_receiver", dict):
+        if not str(name).endswith("_configs"):
+            yield (
+                f"monitoring_receiver has '{name}', which no receiver of Alertmanager has; it has"
+                " for example webhook_configs, or email_configs."
+            )
+    for name, form, example in (
+        ("monitoring_retention_time", r"(\d+[ywdhms])+", "60d"),
+        ("monitoring_retention_size", r"\d+[KMGTPE]?B", "10GB"),
+        ("monitoring_repeat_interval", r"(\d+[ywdhms])+", "12h"),
+    ):
+        value = host.get(name, str)
+        if not re.fullmatch(form, value):
+            yield f"{name} is '{value}', which Prometheus cannot read; as in {example}."
+    for name in ("monitoring_dies_interval", "monitoring_checks_interval"):
+        seconds = host.get(name, int)
+        # What is older than 20 minutes is alerted to.
+        if not 1 <= seconds <= 900:
+            yield f"{name} is {seconds} seconds, but has to be from 1 to 900; correct it."
+
+
 def weakness(key: Any, min_length: int) -> str | None:
     """What is wrong with an API key, without telling the key."""
     if not isinstance(key, str) or not key:
