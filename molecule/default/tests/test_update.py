@@ -1,0 +1,80 @@
+"""Changes while requests come, on the real engine; scenario fleet has more, on a stand-in."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from conftest import Server
+from scenario import play
+
+UPDATE = "playbooks/update.yml"
+# The demo's arguments, and what is changed.
+ARGUMENTS = "vllm_instance_extra_args"
+
+
+@contextmanager
+def asked_all_the_time(ask: Callable[..., str]) -> Iterator[list[str]]:
+    """Two users who ask one question after the other; every one of them is answered."""
+    answers: list[str] = []
+    done = threading.Event()
+
+    def user() -> None:
+        while not done.is_set():
+            answers.append(ask("Tell me a story about a river.", max_tokens=48))
+
+    with ThreadPoolExecutor(2) as pool:
+        users = [pool.submit(user) for _ in range(2)]
+        try:
+            yield answers
+        finally:
+            done.set()
+            for each in users:
+                each.result()  # the first request that failed
+
+
+def containers(server: Server) -> list[str]:
+    return [server.container_id(instance) for instance in server.instances]
+
+
+def test_an_update_loses_no_request(server: Server, ask: Callable[..., str]) -> None:
+    before = containers(server)
+    with asked_all_the_time(ask) as answers:
+        rc, said = play(UPDATE, site_soak=0, **{ARGUMENTS: ["--max-num-seqs", "8"]})
+        assert rc == 0, said
+    assert not set(before) & set(containers(server))
+    for instance in server.instances:
+        assert "--max-num-seqs 8" in server.run(f"systemctl cat {instance.unit}")
+    assert len(answers) > 4
+    assert len(set(answers)) == 1  # the same tokens from all of them
+    assert server.diagnosis() == {}
+
+
+def test_an_update_that_fails_goes_back_and_stops(server: Server, ask: Callable[..., str]) -> None:
+    first, second = containers(server)
+    with asked_all_the_time(ask) as answers:
+        rc, said = play(UPDATE, site_soak=0, **{ARGUMENTS: ["--no-such-flag"]})
+        assert rc != 0
+    assert "instance die0: it did not start." in said
+    assert "unrecognized arguments: --no-such-flag" in said
+    assert "What was proven before, its image, unit and environment, serves again." in said
+    now = containers(server)
+    assert now[0] not in ("", first)
+    assert now[1] == second  # not reached
+    assert len(set(answers)) == 1
+    for instance in server.instances:
+        assert "--max-num-seqs 8" in server.run(f"systemctl cat {instance.unit}")
+
+
+def test_a_rollback_brings_back_what_was_before(server: Server, ask: Callable[..., str]) -> None:
+    with asked_all_the_time(ask):
+        server.run("k80-instance rollback die1")
+    assert "--max-num-seqs" not in server.run(f"systemctl cat {server.instances[1].unit}")
+    # The inventory says so too: only the first instance is changed.
+    second = server.container_id(server.instances[1])
+    rc, said = play("site.yml")
+    assert rc == 0, said
+    assert server.container_id(server.instances[1]) == second
+    assert "--max-num-seqs" not in server.run(f"systemctl cat {server.instances[0].unit}")
