@@ -1,0 +1,150 @@
+"""Steady load on the gateways, each answer compared with the tokens that are known."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx2
+import openai
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "stand-in"))
+import answers
+
+# A gateway that does not take the connection in this time is left for the other one.
+TIMEOUT = httpx2.Timeout(120, connect=3)
+
+
+@dataclass
+class Answer:
+    """What became of a request."""
+
+    # finished, wrong, cut (in mid-stream), or failed (nothing of an answer had come)
+    outcome: str
+    seconds: float
+    detail: str = ""
+    other_gateway: bool = False
+
+
+@dataclass
+class Load:
+    """Half of the requests are streams, half are not; the gateways take turns.
+
+    A user of several gateways asks the next one when the first takes no connection or ends it
+    without a byte; so does this.
+    """
+
+    gateways: list[str]
+    key: str
+    per_second: float = 6
+    answers: list[Answer] = field(default_factory=list)
+    # When, and how many instances each gateway had ready then; None if it did not answer.
+    ready: list[tuple[float, list[int | None]]] = field(default_factory=list)
+
+    def __enter__(self) -> Load:
+        self._end = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+        if self._failure:
+            raise self._failure
+
+    def count(self) -> Counter[str]:
+        return Counter(answer.outcome for answer in self.answers)
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._all())
+        except BaseException as error:
+            self._failure = error
+
+    async def _all(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            watching = tasks.create_task(self._watch())
+            clients = [
+                openai.AsyncOpenAI(
+                    base_url=f"{url}/v1", api_key=self.key, timeout=TIMEOUT, max_retries=0
+                )
+                for url in self.gateways
+            ]
+            asking = []
+            due = time.monotonic()
+            for number in itertools.count():
+                if self._end.is_set():
+                    break
+                asking.append(tasks.create_task(self._ask(number, clients)))
+                due += 1 / self.per_second
+                await asyncio.sleep(due - time.monotonic())
+            await asyncio.gather(*asking)
+            watching.cancel()
+        for client in clients:
+            await client.close()
+
+    async def _watch(self) -> None:
+        """Asks the gateways how many instances they would give requests to."""
+        async with httpx2.AsyncClient(timeout=1) as client:
+
+            async def ready(url: str) -> int | None:
+                try:
+                    answer = await client.get(f"{url}/health")
+                except httpx2.HTTPError:
+                    return None
+                return int(answer.json()["ready_instances"]) if answer.status_code == 200 else 0
+
+            while True:
+                counts = await asyncio.gather(*map(ready, self.gateways))
+                self.ready.append((time.monotonic(), list(counts)))
+                await asyncio.sleep(0.25)
+
+    async def _ask(self, number: int, clients: list[openai.AsyncOpenAI]) -> None:
+        begun = time.monotonic()
+        turn = number // 2 % len(clients)
+        for attempt, client in enumerate(clients[turn:] + clients[:turn], start=1):
+            outcome, detail = await self._ask_one(number, client)
+            if outcome != "unanswered":
+                break
+        else:
+            outcome = "failed"
+        answer = Answer(outcome, time.monotonic() - begun, detail, attempt > 1)
+        self.answers.append(answer)
+
+    async def _ask_one(self, number: int, client: openai.AsyncOpenAI) -> tuple[str, str]:
+        prompt, count = f"question {number}", 10 + number * 7 % 60
+        messages = [{"role": "user", "content": prompt}]
+        tokens = answers.tokens(answers.chat_prompt(messages), count)
+        expected = "".join(map(answers.text, tokens))
+        streamed = number % 2 == 0
+        text, end = "", None
+        try:
+            answer = await client.chat.completions.create(
+                model="known",
+                messages=messages,  # type: ignore[arg-type]
+                max_tokens=count,
+                temperature=0,
+                stream=streamed,
+            )
+            if isinstance(answer, openai.AsyncStream):
+                async for event in answer:
+                    text += event.choices[0].delta.content or ""
+                    end = event.choices[0].finish_reason
+            else:
+                text, end = answer.choices[0].message.content or "", "length"
+        except openai.APIStatusError as error:
+            return "failed", f"{error.status_code}: {error}"
+        except (openai.APIError, httpx2.HTTPError) as error:
+            reason = f"{type(error).__name__}: {error.__cause__ or error}"
+            return ("cut" if text else "unanswered"), reason
+        if end is None:
+            return ("cut" if text else "failed"), f"the stream ended after {text!r}"
+        return ("finished" if text == expected else "wrong"), f"{text!r} is not {expected!r}"
