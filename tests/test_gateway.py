@@ -6,31 +6,43 @@ the test's.
 
 from __future__ import annotations
 
+import datetime
 import http.client
+import ipaddress
 import json
 import os
 import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 ROLE = Path(__file__).parents[1] / "roles" / "gateway"
 KEY = "sk-anna-0123456789abcdef"
 BENS_KEY = "sk-ben-0123456789abcdef"
 INSTANCE_KEY = "instance-0123456789abcdef"
 BODY_LIMIT = 262144
+DOWN, UP, STOPPING = "0", "2", "3"  # srv_op_state in HAProxy's management guide
 ANSIBLE_PLAYBOOK = Path(sys.executable).with_name("ansible-playbook")
 
 
@@ -52,7 +64,8 @@ class Instance:
     """A stand-in for a vLLM server: says what it got, and misbehaves when told to."""
 
     port: int = field(default_factory=free_port)
-    ready: bool = True
+    served_model: str = "m"
+    ready: int = 200  # what GET /ready answers; 404 to a question about another model
     mode: str = "answer"  # answer, drop (close before the first byte), http500, http401, slow, sse
     seen: list[dict[str, Any]] = field(default_factory=list)
     client_left: threading.Event = field(default_factory=threading.Event)
@@ -76,8 +89,9 @@ class Instance:
                 self.wfile.write(data)
 
             def do_GET(self) -> None:
-                if self.path == "/ready":
-                    self.reply(200 if instance.ready else 503, {})
+                if self.path.startswith("/ready"):
+                    (asked,) = parse_qs(self.path.partition("?")[2])["model"]
+                    self.reply(instance.ready if asked == instance.served_model else 404, {})
                 else:
                     self.reply(200, {"path": self.path, "port": instance.port})
 
@@ -154,7 +168,7 @@ class Gateway:
     config: Path
     log: Path
     process: subprocess.Popen[bytes]
-    instances: tuple[Instance, Instance]
+    instances: tuple[Instance, ...]
 
     def request(
         self,
@@ -177,9 +191,38 @@ class Gateway:
         finally:
             connection.close()
 
+    def stream(self, body: bytes = b"{}") -> http.client.HTTPResponse:
+        """An answer that has begun."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection.request("POST", "/v1/completions", body, {"Authorization": f"Bearer {KEY}"})
+        return connection.getresponse()
+
     def ready_instances(self) -> int:
         status, _, body = self.request("GET", "/health", None, None)
         return int(body["ready_instances"]) if status == 200 else 0
+
+    def command(self, line: str) -> str:
+        """What HAProxy's runtime socket answers."""
+        with socket.socket(socket.AF_UNIX) as s:
+            s.connect(str(self.config.with_name("admin.sock")))
+            s.sendall(f"{line}\n".encode())
+            return b"".join(iter(lambda: s.recv(65536), b"")).decode()
+
+    def states(self) -> dict[str, str]:
+        """Instances by name: UP, DOWN or STOPPING."""
+        lines = [line.split() for line in self.command("show servers state").splitlines()[2:]]
+        return {line[3].partition(":")[2]: line[5] for line in lines if line}
+
+    def workers(self) -> int:
+        """How many HAProxy has started."""
+        return self.log.read_text().count("New worker")
+
+    def reload(self) -> None:
+        """As the unit does it: see templates/unit.conf.j2."""
+        before = self.workers()
+        subprocess.run([self.config.with_name("states")], check=True)
+        self.process.send_signal(signal.SIGUSR2)
+        wait_until(lambda: self.workers() > before, what="the new process")
 
 
 def haproxy() -> str:
@@ -189,18 +232,31 @@ def haproxy() -> str:
     return found
 
 
-def render(
-    folder: Path, instances: list[Instance], **overrides: Any
+TEMPLATES = {  # as roles/gateway/tasks/main.yml names them on a gateway
+    "keys.map.j2": "vllm-k80-keys.map",
+    "haproxy.cfg.j2": "haproxy.cfg",
+    "servers.state.j2": "vllm-k80-servers.state",
+    "states.sh.j2": "states",
+    "unit.conf.j2": "unit.conf",
+}
+
+
+def play(
+    folder: Path, tasks: list[dict[str, Any]], instances: list[Instance], **overrides: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Render both templates into the folder, after the role's checks, with its defaults."""
+    """Run tasks with what the role has: its variables, its filters, and instances."""
     variables = {
-        "gateway_api_keys": [{"name": "anna", "key": KEY}, {"name": "ben", "key": BENS_KEY}],
+        "gateway_api_keys": [
+            {"name": "anna", "key": KEY},
+            {"name": "ben", "key": BENS_KEY, "requests_per_minute": 3, "concurrent_requests": 1},
+        ],
         "vllm_instance_api_key": INSTANCE_KEY,
         "gateway_bind_address": "127.0.0.1",
         "gateway_check_interval": "200ms",
         "gateway_check_fast_interval": "100ms",
         "__gateway_config_dir": str(folder),
         "__gateway_runtime_socket": str(folder / "admin.sock"),
+        "__gateway_states_file": str(folder / "run/servers.state"),
     } | overrides
     resolved = [
         {
@@ -208,99 +264,100 @@ def render(
             "address": "127.0.0.1",
             "port": instance.port,
             "model": "m",
-            "served_model": "m",
+            "served_model": instance.served_model,
         }
         for i, instance in enumerate(instances)
     ]
+    local = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
     inventory = {
         "k80_servers": {"hosts": {"server1": {"vllm_instance_resolved": resolved}}},
-        "k80_gateways": {
-            "hosts": {
-                "gateway1": {
-                    "ansible_connection": "local",
-                    "ansible_python_interpreter": sys.executable,
-                }
-            }
-        },
+        "k80_gateways": {"hosts": {"gateway1": local}},
     }
-    template = {
-        "src": str(ROLE / "templates/{{ item }}.j2"),
-        "dest": str(folder / "{{ item }}"),
-        "mode": "0600",
+    whole = {
+        "hosts": "k80_gateways",
+        "gather_facts": False,
+        "vars_files": [str(ROLE / "defaults/main.yml"), str(ROLE / "vars/main.yml")],
+        "tasks": tasks,
     }
-    play = [
-        {
-            "hosts": "k80_gateways",
-            "gather_facts": False,
-            "vars_files": [str(ROLE / "defaults/main.yml"), str(ROLE / "vars/main.yml")],
-            "tasks": [
-                {"ansible.builtin.import_tasks": str(ROLE / "tasks/validate.yml")},
-                {"ansible.builtin.template": template, "loop": ["keys.map", "haproxy.cfg"]},
-            ],
-        }
-    ]
     (folder / "inventory.json").write_text(json.dumps(inventory))
-    (folder / "play.yml").write_text(json.dumps(play))
-    result = subprocess.run(
-        [
-            str(ANSIBLE_PLAYBOOK),
-            "-i",
-            str(folder / "inventory.json"),
-            "-e",
-            json.dumps(variables),
-            str(folder / "play.yml"),
-        ],
+    (folder / "play.yml").write_text(json.dumps([whole]))
+    (folder / "variables.json").write_text(json.dumps(variables))
+    arguments = ["-i", "inventory.json", "-e", "@variables.json", "play.yml"]
+    return subprocess.run(
+        [str(ANSIBLE_PLAYBOOK), *arguments],
         capture_output=True,
         text=True,
         check=False,
         cwd=folder,
-        env={k: v for k, v in os.environ.items() if k != "ANSIBLE_CONFIG"},
+        env={k: v for k, v in os.environ.items() if k != "ANSIBLE_CONFIG"}
+        | {"ANSIBLE_FILTER_PLUGINS": str(ROLE / "filter_plugins")},
     )
-    if result.returncode == 0:
-        (folder / "keys.map").rename(folder / "vllm-k80-keys.map")
+
+
+def render(
+    folder: Path, instances: list[Instance], **overrides: Any
+) -> subprocess.CompletedProcess[str]:
+    """Render the templates into the folder, after the role's checks, with its defaults."""
+    templates = [{"src": src, "dest": dest} for src, dest in TEMPLATES.items()]
+    template = {
+        "src": f"{ROLE}/templates/{{{{ item.src }}}}",
+        "dest": f"{folder}/{{{{ item.dest }}}}",
+        "mode": "0700",
+    }
+    tasks = [
+        {"ansible.builtin.import_tasks": str(ROLE / "tasks/validate.yml")},
+        {"ansible.builtin.template": template, "loop": templates},
+    ]
+    result = play(folder, tasks, instances, **overrides)
+    config = folder / "haproxy.cfg"
+    if config.exists() and os.geteuid() != 0:  # only root may change user and root directory
+        config.write_text(re.sub(r"(?m)^    (chroot|user|group) .*\n", "", config.read_text()))
     return result
 
 
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+@contextmanager
+def running(folder: Path, *instances: Instance, **overrides: Any) -> Iterator[Gateway]:
+    """A gateway before these instances."""
     program = haproxy()
-    folder = tmp_path_factory.mktemp("gateway")
-    instances = (Instance(), Instance())
     port, stats_port = free_port(), free_port()
-    result = render(
-        folder,
-        list(instances),
-        gateway_port=port,
-        gateway_stats_port=stats_port,
-        gateway_retry_after_seconds=7,
-    )
+    ports = {"gateway_port": port, "gateway_stats_port": stats_port}
+    result = render(folder, list(instances), **ports, **overrides)
     assert result.returncode == 0, result.stdout + result.stderr
-    config = folder / "haproxy.cfg"
-    if os.geteuid() != 0:  # only root may change user and root directory
-        config.write_text(re.sub(r"(?m)^    (chroot|user|group) .*\n", "", config.read_text()))
+    config, log = folder / "haproxy.cfg", folder / "log"
+    subprocess.run([folder / "states"], check=True)
     checked = subprocess.run(
         [program, "-c", "-f", str(config)], capture_output=True, text=True, check=False
     )
     assert checked.returncode == 0, checked.stderr
-    assert "WARNING" not in checked.stdout + checked.stderr, checked.stderr
-    log = folder / "log"
+    # That servers are down at first is what the file of states is for.
+    warnings = [line for line in checked.stderr.splitlines() if "WARNING" in line]
+    assert not [line for line in warnings if "changed from server-state" not in line], warnings
+    for instance in instances:
+        instance.start()
     with log.open("wb") as output:
         process = subprocess.Popen([program, "-W", "-f", str(config)], stdout=output, stderr=output)
     started = Gateway(port, stats_port, config, log, process, instances)
-    for instance in instances:
-        instance.start()
 
     def answers() -> bool:
         assert process.poll() is None, log.read_text()
         with socket.socket() as s:
             return s.connect_ex(("127.0.0.1", port)) == 0
 
-    wait_until(answers, what="the gateway's port")
-    yield started
-    process.terminate()
-    process.wait(10)
-    for instance in instances:
-        instance.stop()
+    try:
+        wait_until(answers, what="the gateway's port")
+        yield started
+    finally:
+        process.terminate()
+        process.wait(10)
+        for instance in instances:
+            instance.stop()
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    folder = tmp_path_factory.mktemp("gateway")
+    with running(folder, Instance(), Instance(), gateway_retry_after_seconds=7) as started:
+        yield started
 
 
 @pytest.fixture
@@ -309,7 +366,7 @@ def both(gateway: Gateway) -> Iterator[Gateway]:
     for instance in gateway.instances:
         if instance.server is None:
             instance.start()
-        instance.ready, instance.mode = True, "answer"
+        instance.ready, instance.mode = 200, "answer"
         instance.seen.clear()
         instance.client_left.clear()
     wait_until(lambda: gateway.ready_instances() == 2, what="two ready instances")
@@ -415,18 +472,18 @@ def test_client_that_leaves_ends_the_generation(both: Gateway) -> None:
 
 def test_instance_that_is_not_ready_gets_nothing(both: Gateway) -> None:
     unready, ready = both.instances
-    unready.ready = False
+    unready.ready = 503
     wait_until(lambda: both.ready_instances() == 1, what="the check's failure")
     with ThreadPoolExecutor(4) as pool:
         assert {r[2]["port"] for r in pool.map(lambda _: both.request(), range(12))} == {ready.port}
     assert not unready.seen
-    unready.ready = True
+    unready.ready = 200
     wait_until(lambda: both.ready_instances() == 2, what="the instance's return")
 
 
 def test_all_down_is_503_with_retry_after(both: Gateway) -> None:
     both.instances[0].stop()
-    both.instances[1].ready = False
+    both.instances[1].ready = 503
     wait_until(lambda: both.ready_instances() == 0, what="the end of both")
     for path, method in (("/v1/chat/completions", "POST"), ("/health", "GET")):
         status, answer, body = both.request(method, path)
@@ -488,7 +545,7 @@ def test_log_names_owner_and_instance_but_no_secret(both: Gateway) -> None:
     text = both.log.read_text()
     (line,) = [x for x in text.splitlines() if answer["X-Request-Id"] in x]
     assert re.search(
-        r"user=anna .* path=/v1/completions status=200 instance=server1:die[01] ", line
+        r"user=anna .* path=/v1/completions model=m status=200 instance=server1:die[01] ", line
     )
     for secret in (KEY, INSTANCE_KEY, "secret prompt", "hidden"):
         assert secret not in text
@@ -499,7 +556,7 @@ def test_log_names_owner_and_instance_but_no_secret(both: Gateway) -> None:
 def test_statistics_on_loopback(both: Gateway) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", both.stats_port, timeout=5)
     connection.request("GET", "/metrics")
-    metric = b'haproxy_server_status{proxy="instances",server="server1:die0",state="UP"} 1'
+    metric = b'haproxy_server_status{proxy="model:m",server="server1:die0",state="UP"} 1'
     assert metric in connection.getresponse().read()
     connection.close()
     assert f"bind 127.0.0.1:{both.stats_port}" in both.config.read_text()
@@ -515,19 +572,453 @@ def test_reload_loses_nothing(both: Gateway) -> None:
     for instance in both.instances:
         instance.mode = "sse"
     with ThreadPoolExecutor(4) as pool:
-
-        def stream(_: int) -> bytes:
-            connection = http.client.HTTPConnection("127.0.0.1", both.port, timeout=20)
-            connection.request("POST", "/v1/completions", b"{}", {"Authorization": f"Bearer {KEY}"})
-            data = connection.getresponse().read()
-            connection.close()
-            return data
-
-        streams = pool.map(stream, range(12))
+        streams = pool.map(lambda _: both.stream().read(), range(12))
         for _ in range(3):
             time.sleep(0.7)
-            both.process.send_signal(signal.SIGUSR2)
+            both.reload()
         assert [s.count(b"data:") for s in streams] == [4] * 12
+
+
+def test_drained_instance_finishes_what_it_has(both: Gateway) -> None:
+    drained, other = both.instances
+    for instance in both.instances:
+        instance.mode = "sse"
+    streams = [both.stream() for _ in range(2)]
+    assert [len(instance.seen) for instance in both.instances] == [1, 1]
+    drained.ready = 404
+    wait_until(lambda: both.ready_instances() == 1, 1, "the drain")
+    other.mode = "answer"
+    for _ in range(6):
+        assert both.request()[2]["port"] == other.port
+    both.reload()
+    for _ in range(6):
+        assert both.request()[2]["port"] == other.port
+    assert [stream.read().count(b"data:") for stream in streams] == [4, 4]
+    drained.mode, drained.ready = "answer", 200
+    wait_until(lambda: both.ready_instances() == 2, 1, "the return")
+    with ThreadPoolExecutor(4) as pool:
+        ports = {answer["port"] for _, _, answer in pool.map(lambda _: both.request(), range(12))}
+    assert ports == {drained.port, other.port}
+
+
+def test_drained_instances_alone_get_nothing(both: Gateway) -> None:
+    for instance in both.instances:
+        instance.ready = 404
+    wait_until(lambda: both.ready_instances() == 0, what="the drain")
+    for path, method in (("/v1/chat/completions", "POST"), ("/health", "GET")):
+        status, answer, body = both.request(method, path)
+        assert (status, answer["Retry-After"], body["error"]["code"]) == (
+            503,
+            "7",
+            "no_instance_ready",
+        )
+    assert not both.instances[0].seen + both.instances[1].seen
+
+
+def test_request_in_the_moment_of_a_drain_goes_to_another(both: Gateway) -> None:
+    """A drained instance is stopped next, and whoever comes too late is sent on."""
+    drained, other = both.instances
+    drained.ready, drained.mode = 404, "drop"
+    for _ in range(6):
+        assert both.request()[2]["port"] == other.port
+
+
+def test_reload_forgets_nothing(tmp_path: Path) -> None:
+    """What each server is, is known in a new process before it has asked."""
+    ready, drained, unready, added = (Instance() for _ in range(4))
+    drained.ready, unready.ready = 404, 503
+    with running(tmp_path, ready, drained, unready, gateway_check_interval="60s") as gateway:
+        # A new process asks all its servers in the course of the first interval, this one at once.
+        wait_until(lambda: gateway.ready_instances() == 1, what="the first check")
+        for name, state in (("die1", "stopping"), ("die2", "down")):
+            gateway.command(f"set server model:m/server1:{name} health {state}")
+        assert gateway.states() == {"die0": UP, "die1": STOPPING, "die2": DOWN}
+        gateway.reload()
+        assert gateway.states() == {"die0": UP, "die1": STOPPING, "die2": DOWN}
+        assert {gateway.request()[2]["port"] for _ in range(6)} == {ready.port}
+
+        # One more server, and one that has moved to another port.
+        old_port, drained.port = drained.port, free_port()
+        assert old_port != drained.port
+        ports = {"gateway_port": gateway.port, "gateway_stats_port": gateway.stats_port}
+        instances = [ready, drained, unready, added]
+        render(tmp_path, instances, gateway_check_interval="60s", **ports)
+        gateway.reload()
+        assert gateway.states() == {"die0": UP, "die1": DOWN, "die2": DOWN, "die3": DOWN}
+        assert str(drained.port) in gateway.command("show servers state")
+        assert {gateway.request()[2]["port"] for _ in range(6)} == {ready.port}
+
+
+# --- Limits and the queue ----------------------------------------------------
+
+
+def test_requests_beyond_a_keys_rate_are_429(both: Gateway) -> None:
+    """Ben has three a minute; what is refused to him counts for nothing."""
+    answers = [both.request(key=BENS_KEY) for _ in range(5)]
+    assert [status for status, _, _ in answers] == [200, 200, 200, 429, 429]
+    _, headers, body = answers[-1]
+    assert headers["Retry-After"] == "7"
+    assert (body["error"]["code"], body["error"]["type"]) == ("rate_limit_exceeded", "requests")
+    assert both.request()[0] == 200, "anna has no limit"
+    assert '"anna 0 0"' not in both.log.read_text()
+    table = both.command("show table openai")
+    assert re.search(r"key=ben use=0 .*gpc0=3 ", table), table
+
+
+def test_requests_beyond_a_keys_places_are_429(tmp_path: Path) -> None:
+    instance = Instance(mode="sse")
+    with running(tmp_path, instance, gateway_concurrent_requests=2) as gateway:
+        wait_until(lambda: gateway.ready_instances() == 1, what="a ready instance")
+        streams = [gateway.stream() for _ in range(2)]
+        status, headers, body = gateway.request()
+        assert (status, headers["Retry-After"]) == (429, "10")
+        assert body["error"]["code"] == "concurrency_limit_exceeded"
+        assert [stream.read().count(b"data:") for stream in streams] == [4, 4]
+        assert gateway.stream().read().count(b"data:") == 4, "a place is free again"
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway that gives its one instance one request at a time, and lets two wait for 1 s."""
+    folder = tmp_path_factory.mktemp("narrow")
+    limits = {
+        "gateway_instance_max_requests": 1,
+        "gateway_queue_timeout": "1s",
+        "gateway_queue_length": 2,
+    }
+    with running(folder, Instance(), **limits) as gateway:
+        yield gateway
+
+
+def test_requests_wait_for_a_place(narrow: Gateway) -> None:
+    wait_until(lambda: narrow.ready_instances() == 1, what="a ready instance")
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda _: narrow.request(), range(3)))
+    assert [status for status, _, _ in results] == [200] * 3
+
+
+def test_waiting_ends_with_503_and_health_does_not_wait(narrow: Gateway) -> None:
+    wait_until(lambda: narrow.ready_instances() == 1, what="a ready instance")
+    (instance,) = narrow.instances
+    instance.mode = "slow"  # 3 s
+    with ThreadPoolExecutor(3) as pool:
+        held = pool.submit(narrow.request)
+        wait_until(lambda: "qcur" in narrow.command("show stat") and instance.seen, what="arrival")
+        start = time.monotonic()
+        waiting = [pool.submit(narrow.request) for _ in range(2)]
+        wait_until(lambda: ",2,2," in narrow.command("show stat 3 2 -1"), 1, "two that wait")
+        status, headers, body = narrow.request()
+        assert (status, headers["Retry-After"], body["error"]["code"]) == (503, "10", "queue_full")
+        assert narrow.ready_instances() == 1
+        assert time.monotonic() - start < 0.9, "neither the queue's end nor /health has waited"
+        for request in waiting:
+            status, headers, body = request.result()
+            assert (status, headers["Retry-After"]) == (503, "10")
+            assert body["error"]["code"] == "no_instance_free"
+        assert 0.9 < time.monotonic() - start < 2
+        assert held.result()[0] == 200
+    assert len(instance.seen) == 4, "whoever waited in vain reached no instance"
+
+
+# --- Several models ----------------------------------------------------------
+
+LARGE, SMALL = "org/large~1", "small"
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway with one instance of a large model and two of a small one."""
+    folder = tmp_path_factory.mktemp("routed")
+    instances = [Instance(served_model=model) for model in (LARGE, SMALL, SMALL)]
+    with running(folder, *instances) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def all_three(routed: Gateway) -> Gateway:
+    for instance in routed.instances:
+        instance.ready = 200
+        instance.seen.clear()
+    wait_until(lambda: routed.ready_instances() == 3, what="three ready instances")
+    return routed
+
+
+def asking(model: str, **more: Any) -> bytes:
+    return (
+        json.dumps({"messages": [{"role": "user", "content": 'say "model": é'}]} | more).encode()[
+            :-1
+        ]
+        + f', "model": {model}}}'.encode()
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "model"),
+    [
+        (f'"{LARGE}"', LARGE),
+        (r'"org\/large~1"', LARGE),
+        (r'"sm\u0061ll"', SMALL),
+        (f'"{SMALL}"', SMALL),
+    ],
+)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_requests_reach_their_model(
+    all_three: Gateway, written: str, model: str, chunked: bool
+) -> None:
+    body = asking(written, metadata={"model": "other", "a": {"b": ["model"]}}, user="x" * 200_000)
+    for _ in range(4):
+        status, _, answer = all_three.request(body=iter([body]) if chunked else body)
+        assert status == 200
+        assert answer["bytes"] == len(body)
+    reached = {instance.served_model for instance in all_three.instances if instance.seen}
+    assert reached == {model}
+    line = all_three.log.read_text().rstrip().splitlines()[-1]
+    assert f" model={model} status=200 " in line
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(asking(model) for model in ('"other"', '"sma"', '"small small"', '"SMALL"', "null", "5")),
+        *(b"", b"{}", b"no JSON", b'["small"]', b'{"x": {"model": "small"}}'),
+    ],
+)
+def test_unknown_models_are_404_with_the_known_ones(all_three: Gateway, body: bytes) -> None:
+    status, _, answer = all_three.request(body=body)
+    assert (status, answer["error"]["code"]) == (404, "model_not_found")
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert answer["error"]["param"] == "model"
+    assert answer["error"]["message"].endswith(f"which are: {LARGE}, {SMALL}.")
+    assert not [instance for instance in all_three.instances if instance.seen]
+
+
+def test_models_are_those_with_a_ready_instance(all_three: Gateway) -> None:
+    def models() -> list[str]:
+        status, headers, body = all_three.request("GET", "/v1/models", None)
+        assert (status, headers["Content-Type"], body["object"]) == (
+            200,
+            "application/json",
+            "list",
+        )
+        for entry in body["data"]:
+            assert (entry["object"], entry["owned_by"]) == ("model", "vllm")
+            assert abs(entry["created"] - time.time()) < 60
+        return [entry["id"] for entry in body["data"]]
+
+    assert models() == [LARGE, SMALL]
+    all_three.instances[0].ready = 404
+    wait_until(lambda: all_three.ready_instances() == 2, what="the drain")
+    assert models() == [SMALL]
+    status, _, body = all_three.request(body=asking(f'"{LARGE}"'))
+    assert (status, body["error"]["code"]) == (503, "no_instance_ready")
+    for instance in all_three.instances:
+        instance.ready = 503
+    wait_until(lambda: all_three.ready_instances() == 0, what="the end of all")
+    assert all_three.request("GET", "/v1/models", None)[0] == 503
+    assert all_three.request("GET", "/v1/models", None, key=None)[0] == 401
+
+
+def test_instance_of_another_model_leaves_its_old_one(all_three: Gateway) -> None:
+    """An update gave it another model, and the gateway has not been told."""
+    changed, _, other = all_three.instances[1], *all_three.instances[1:]
+    changed.served_model = "new"
+    try:
+        wait_until(lambda: all_three.ready_instances() == 2, what="its leave")
+        for _ in range(4):
+            assert all_three.request(body=asking(f'"{SMALL}"'))[2]["port"] == other.port
+    finally:
+        changed.served_model = SMALL
+
+
+def test_one_model_is_left_to_vllm(both: Gateway) -> None:
+    for body in (b"{}", asking('"other"'), b"no JSON"):
+        assert both.request(body=body)[0] == 200
+    assert both.request("GET", "/v1/models", None)[2]["path"] == "/v1/models"
+
+
+# --- TLS ---------------------------------------------------------------------
+
+
+def certificate(
+    folder: Path, name: str, days: tuple[int, int] = (-1, 1), passphrase: bytes | None = None
+) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that vouches for itself, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    now = datetime.datetime.now(datetime.UTC)
+    who = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(who)
+        .issuer_name(who)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now + datetime.timedelta(days[0]))
+        .not_valid_after(now + datetime.timedelta(days[1]))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
+            critical=False,
+        )
+        .sign(key, hashes.SHA256())
+    )
+    lock = (
+        serialization.BestAvailableEncryption(passphrase)
+        if passphrase
+        else serialization.NoEncryption()
+    )
+    paths = folder / f"{name}.pem", folder / f"{name}.key"
+    paths[0].write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    paths[1].write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, lock)
+    )
+    return paths
+
+
+@pytest.fixture(scope="module")
+def https(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gateway, Path, int]]:
+    """A gateway with TLS, the certificate to trust, and the port that leads to it."""
+    folder = tmp_path_factory.mktemp("https")
+    pem, key = certificate(folder, "vllm-k80-tls")
+    key.rename(folder / "vllm-k80-tls.pem.key")
+    plain = free_port()
+    settings = {
+        "gateway_tls_source": "controller",
+        "gateway_tls_certificate": str(pem),
+        "gateway_tls_key": str(key),
+        "gateway_tls_redirect_port": plain,
+    }
+    with running(folder, Instance(mode="sse"), **settings) as gateway:
+        yield gateway, pem, plain
+
+
+@pytest.mark.parametrize("version", ["1.1", "2"])
+def test_tls_streams(https: tuple[Gateway, Path, int], version: str) -> None:
+    gateway, pem, _ = https
+    url = f"https://127.0.0.1:{gateway.port}"
+    curl = ["curl", "--silent", "--no-buffer", f"--http{version}", "--cacert", str(pem)]
+
+    def ready() -> bool:
+        done = subprocess.run([*curl, f"{url}/health"], capture_output=True, check=False)
+        return b'"ready_instances":1' in done.stdout
+
+    wait_until(ready, what="a ready instance")
+    headers = ["--header", f"Authorization: Bearer {KEY}", "--write-out", "%{http_version}"]
+    started = time.monotonic()
+    with subprocess.Popen(
+        [*curl, *headers, "--data", "{}", f"{url}/v1/completions"], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        lines = [(line, time.monotonic() - started) for line in process.stdout]
+    events = [seconds for line, seconds in lines if line.startswith(b"data:")]
+    assert lines[-1][0] == version.encode()
+    assert len(events) == 4
+    assert events[-1] - events[0] > 1, "they came one by one"
+
+
+@pytest.mark.parametrize(
+    ("version", "accepted"),
+    [("TLSv1_1", False), ("TLSv1_2", True), ("TLSv1_3", True)],
+)
+def test_tls_versions(https: tuple[Gateway, Path, int], version: str, accepted: bool) -> None:
+    gateway, pem, _ = https
+    context = ssl.create_default_context(cafile=str(pem))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    with socket.create_connection(("127.0.0.1", gateway.port), 5) as s:
+        if accepted:
+            with context.wrap_socket(s, server_hostname="127.0.0.1") as wrapped:
+                cipher = wrapped.cipher()
+                assert cipher
+                assert "GCM" in cipher[0] or "CHACHA20" in cipher[0]
+        else:
+            with pytest.raises(ssl.SSLError):
+                context.wrap_socket(s, server_hostname="127.0.0.1")
+
+
+def test_plain_http_is_sent_on_to_https(https: tuple[Gateway, Path, int]) -> None:
+    gateway, _, plain = https
+    connection = http.client.HTTPConnection("127.0.0.1", plain, timeout=5)
+    connection.request("POST", "/v1/completions?a=b", b"{}")
+    response = connection.getresponse()
+    assert response.status == 308
+    assert response.headers["Location"] == f"https://127.0.0.1:{gateway.port}/v1/completions?a=b"
+    connection.close()
+
+
+def test_lab_ca(tmp_path: Path) -> None:
+    """A CA, and for the gateway a certificate, made once and renewed before it ends."""
+    ca = tmp_path / "ca"
+    settings = {
+        "gateway_tls_source": "ca",
+        "gateway_tls_ca_dir": str(ca),
+        "gateway_tls_names": ["gw.example.org", "192.0.2.7", "2001:db8::7"],
+    }
+    tasks = [{"ansible.builtin.include_tasks": str(ROLE / "tasks/tls.yml")}]
+
+    def changes(**more: Any) -> int:
+        result = play(tmp_path, tasks, [Instance()], **settings, **more)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "BEGIN" not in result.stdout
+        (count,) = re.findall(r"gateway1 .* changed=(\d+)", result.stdout)
+        return int(count)
+
+    def made() -> x509.Certificate:
+        return x509.load_pem_x509_certificate((ca / "gateway1.pem").read_bytes())
+
+    assert changes() > 0
+    first, authority = made(), x509.load_pem_x509_certificate((ca / "ca.pem").read_bytes())
+    first.verify_directly_issued_by(authority)
+    names = first.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert [str(name.value) for name in names] == settings["gateway_tls_names"]
+    assert authority.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    assert {path.name: path.stat().st_mode & 0o777 for path in ca.iterdir()} == {
+        "ca.key": 0o600,
+        "ca.pem": 0o644,
+        "gateway1.key": 0o600,
+        "gateway1.pem": 0o644,
+    }
+    assert changes() == 0
+    # With fewer days left than that it is renewed, by the same CA and with the same key.
+    assert changes(__gateway_renewal_days=398) == 1
+    renewed = made()
+    assert renewed.serial_number != first.serial_number
+    assert renewed.public_key() == first.public_key()
+    renewed.verify_directly_issued_by(authority)
+
+
+def test_bad_certificates_are_refused_in_words(
+    tmp_path: Path, load_module: Callable[[str], ModuleType]
+) -> None:
+    pem, key = certificate(tmp_path, "good")
+    _, others = certificate(tmp_path, "other")
+    old, old_key = certificate(tmp_path, "old", days=(-9, -1))
+    early, early_key = certificate(tmp_path, "early", days=(1, 9))
+    _, locked = certificate(tmp_path, "locked", passphrase=b"secret")
+    fault = load_module("roles/gateway/filter_plugins/gateway.py").tls_fault
+    assert fault(pem.read_text(), key.read_text()) == ""
+    assert "another key" in fault(pem.read_text(), others.read_text())
+    assert re.search(r"CN=old expired on \d{4}-", fault(old.read_text(), old_key.read_text()))
+    assert "CN=early is valid from" in fault(early.read_text(), early_key.read_text())
+    chain = pem.read_text() + old.read_text()
+    assert "CN=old expired" in fault(chain, key.read_text())
+    assert "encrypted" in fault(pem.read_text(), locked.read_text())
+    assert "certificate is not one in PEM" in fault("\udcff", key.read_text())
+    assert "key is not one in PEM" in fault(pem.read_text(), pem.read_text())
+    result = play(
+        tmp_path,
+        [{"ansible.builtin.include_tasks": str(ROLE / "tasks/tls.yml")}],
+        [Instance()],
+        gateway_tls_source="gateway",
+        gateway_tls_certificate=str(old),
+        gateway_tls_key=str(old_key),
+    )
+    assert result.returncode != 0
+    assert f"{old}: the certificate CN=old expired on" in " ".join(result.stdout.split())
+    assert "BEGIN" not in result.stdout
+
+
+# --- What is refused ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -541,9 +1032,16 @@ def test_reload_loses_nothing(both: Gateway) -> None:
             "a key of its own",
         ),
         ({"vllm_instance_api_key": 'quote"quote"quote'}, "vllm_instance_api_key"),
+        ({"gateway_concurrent_requests": -1}, "0 for any number of requests"),
+        (
+            {"gateway_api_keys": [{"name": "anna", "key": KEY, "requests_per_minute": "many"}]},
+            "0 for any number of requests",
+        ),
+        ({"gateway_tls_source": "gateway"}, "must be the paths of PEM files there"),
+        ({"gateway_tls_source": "ca", "gateway_tls_names": []}, "gateway_tls_names is empty"),
     ],
 )
-def test_bad_keys_are_refused_in_words(
+def test_bad_settings_are_refused_in_words(
     tmp_path: Path, overrides: dict[str, Any], words: str
 ) -> None:
     result = render(tmp_path, [Instance()], **overrides)

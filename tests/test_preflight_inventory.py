@@ -62,9 +62,13 @@ INVENTORIES: dict[str, dict[str, Any]] = {
         ],
         "vllm_model_catalogue": {
             name: {"source": "pypi", "package": "p", "version": "1", "sha256": "0", "file": "f"}
+            | {"served_name": name.replace("other", "an other")}
             for name in ("smollm2-135m-instruct", "other")
         },
-        "gateway_api_keys": [{"name": "a b", "key": KEY}],
+        "gateway_api_keys": [{"name": "a b", "key": KEY, "requests_per_minute": -1}],
+        "gateway_concurrent_requests": -2,
+        "gateway_queue_length": 400,
+        "gateway_tls_source": "gateway",
     },
     "monitoring": {
         "monitoring_receiver": {"webhook": []},
@@ -243,7 +247,13 @@ def bad(tmp_path_factory: pytest.TempPathFactory, server: Path) -> Run:
             },
         },
         "gateway": good
-        | {"no_server": True, "gateway_api_keys": [{"name": "anna", "key": "short"}] * 2},
+        | {
+            "no_server": True,
+            "gateway_api_keys": [{"name": "anna", "key": "short"}] * 2,
+            "gateway_tls_source": "gateway",
+            "gateway_tls_certificate": str(model / "config.json"),
+            "gateway_tls_key": str(model / "config.json"),
+        },
     }
     return Run(
         directory,
@@ -314,10 +324,17 @@ SENTENCES = {
         " rename it in vllm_instance_instances.",
         "an instance cannot be named 'a-liveness', for vllm-k80-a-liveness is a unit of another"
         " kind; rename it in vllm_instance_instances.",
-        "its instances serve other and smollm2-135m-instruct, but a gateway takes instances of one"
-        " model; let all of vllm_instance_instances name the same.",
+        "model 'other' is served as 'an other', but a gateway knows names of letters, digits and"
+        " ._~:@/+- alone; give it another served_name in vllm_model_catalogue.",
         "gateway_api_keys names 'a b', which the access log could not hold; use letters, digits and"
-        " ._@- alone.",
+        " ._@- alone, 64 at most.",
+        "'a b' in gateway_api_keys has requests_per_minute -1; give the most that it may have, or 0"
+        " for any number.",
+        "gateway_concurrent_requests is -2; give the most there may be, or 0 for any number.",
+        "gateway_queue_length is 400, but it must be between 1 and gateway_max_connections (400),"
+        " so that /health is answered while requests wait; change one of them.",
+        "gateway_tls_certificate is empty; give the path of a PEM file on the gateway.",
+        "gateway_tls_key is empty; give the path of a PEM file on the gateway.",
     ],
     "other-system": [
         "Ubuntu 20 is not supported (this works on Debian 12); install one of these, or add it to"
@@ -405,6 +422,10 @@ def test_nothing_else_is_told(findings: Callable[[str], list[str]], host: str) -
         ),
         ("unfit", r"model 'mamba': /.*/mamba/mamba\.gguf: .*mamba are not served .* Use a file of"),
         ("models", r"model 'pickled': /.*/model holds no \.safetensors files.*; correct its entry"),
+        (
+            "gateway",
+            r"/.*/model/config\.json: the certificate is not one in PEM; give a certificate",
+        ),
         ("types", r"vllm_instance_base_port does not fit role vllm_instance: .*int"),
         ("types", r"vllm_instance_dtype does not fit role vllm_instance: .*auto, float32, half"),
         (

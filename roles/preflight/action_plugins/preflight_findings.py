@@ -41,7 +41,7 @@ from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.module_utils.errors import UnsupportedError
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
-from ansible.plugins.loader import module_loader
+from ansible.plugins.loader import filter_loader, module_loader
 
 Check = Callable[["Host"], Iterator[str]]
 CHECKS: list[tuple[str, Check]] = []
@@ -107,6 +107,8 @@ class Host:
         self.model_faults: dict[str, str] = {}
         # What `vllm-k80 plan` says against instances: their names, their model, and its answer.
         self.plans: list[tuple[list[str], str, dict[str, Any]]] = []
+        # What is wrong with a gateway's certificate.
+        self.certificate_fault = ""
         # What k80_host saw there.
         self.seen: dict[str, Any] = {}
         self.facts: dict[str, Any] = variables["ansible_facts"]
@@ -723,16 +725,16 @@ def models_are_known(host: Host) -> Iterator[str]:
 
 
 @check("k80_servers")
-def instances_serve_one_model(host: Host) -> Iterator[str]:
-    # The gateway hands any request to any instance. Servers that differ are told by its role.
-    entries = {name: entry for name, entry in host.models().items() if isinstance(entry, dict)}
-    served = {name: entry.get("served_name") for name, entry in entries.items()}
-    names = sorted({served.get(i["model"]) or i["model"] for i in host.instances()})
-    if len(names) > 1 and host.inventory.get("k80_gateways"):
-        yield (
-            f"its instances serve {' and '.join(names)}, but a gateway takes instances of one"
-            " model; let all of vllm_instance_instances name the same."
-        )
+def models_have_names_for_the_gateway(host: Host) -> Iterator[str]:
+    # The gateway compares these with what requests name, and tells them in its own answers.
+    for name, entry in host.models().items():
+        served = str((isinstance(entry, dict) and entry.get("served_name")) or name)
+        plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._~:@/+-]*", served)
+        if not plain and host.inventory.get("k80_gateways"):
+            yield (
+                f"model '{name}' is served as '{served}', but a gateway knows names of letters,"
+                " digits and ._~:@/+- alone; give it another served_name in vllm_model_catalogue."
+            )
 
 
 @check("k80_servers")
@@ -779,9 +781,11 @@ def ports_are_free_of_each_other(host: Host) -> Iterator[str]:
         for instance in host.instances():
             users[instance["port"]].append(f"instance '{instance['name']}'")
     for role in host.roles:
-        for name in role.options:
-            if name.endswith("_port") and name != "vllm_instance_base_port":
-                users[host.get(name, int)].append(name)
+        for name, option in role.options.items():
+            port = host.get(name, int)
+            is_off = port == option.get("default") == 0
+            if name.endswith("_port") and name != "vllm_instance_base_port" and not is_off:
+                users[port].append(name)
     for port, names in users.items():
         if not isinstance(port, int) or not 0 < port < 65536:
             yield f"{names[0]} has port {port}, but ports are numbers from 1 to 65535; correct it."
@@ -862,16 +866,60 @@ def users_have_keys(host: Host) -> Iterator[str]:
                 f"the key of '{key.get('name')}' in gateway_api_keys {fault}; set it to the output"
                 " of: openssl rand -hex 24."
             )
-        if not re.fullmatch(r"[A-Za-z0-9._@-]+", str(key.get("name"))):
+        if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", str(key.get("name"))):
             yield (
                 f"gateway_api_keys names '{key.get('name')}', which the access log could not hold;"
-                " use letters, digits and ._@- alone."
+                " use letters, digits and ._@- alone, 64 at most."
             )
+        for limit in ("requests_per_minute", "concurrent_requests"):
+            if isinstance(key.get(limit), int) and key[limit] < 0:
+                yield (
+                    f"'{key.get('name')}' in gateway_api_keys has {limit} {key[limit]}; give the"
+                    " most that it may have, or 0 for any number."
+                )
     for field in ("name", "key"):
         for value, count in Counter(str(key.get(field)) for key in keys).items():
             if count > 1:
                 which = f"the name '{value}'" if field == "name" else "one and the same key"
                 yield f"{count} entries of gateway_api_keys have {which}; tell them apart."
+
+
+@check("k80_gateways")
+def limits_are_no_less_than_nothing(host: Host) -> Iterator[str]:
+    for name in (
+        "gateway_requests_per_minute",
+        "gateway_concurrent_requests",
+        "gateway_instance_max_requests",
+    ):
+        if host.get(name, int) < 0:
+            yield f"{name} is {host[name]}; give the most there may be, or 0 for any number."
+
+
+@check("k80_gateways")
+def waiting_leaves_connections_free(host: Host) -> Iterator[str]:
+    length, most = host.get("gateway_queue_length", int), host.get("gateway_max_connections", int)
+    if not 0 < length < most:
+        yield (
+            f"gateway_queue_length is {length}, but it must be between 1 and"
+            f" gateway_max_connections ({most}), so that /health is answered while requests wait;"
+            " change one of them."
+        )
+
+
+@check("k80_gateways")
+def certificate_serves(host: Host) -> Iterator[str]:
+    source = host.get("gateway_tls_source", str)
+    if source in ("controller", "gateway"):
+        for name in ("gateway_tls_certificate", "gateway_tls_key"):
+            if not host.get(name, str):
+                yield f"{name} is empty; give the path of a PEM file on the {source}."
+    if source == "ca" and not host.get("gateway_tls_names", list):
+        yield "gateway_tls_names is empty; list the addresses by which clients reach the gateway."
+    if host.certificate_fault:
+        yield (
+            f"{host.certificate_fault}; give a certificate that is valid, and its key, in"
+            " gateway_tls_certificate and gateway_tls_key."
+        )
 
 
 def role_repositories(host: Host) -> tuple[list[str], list[str]]:
@@ -997,6 +1045,9 @@ class ActionModule(ActionBase):
         if "k80_servers" in host.groups:
             host.model_faults, placed = self._models(host, variables)
             host.plans = self._plans(host, variables, placed)
+        if "k80_gateways" in host.groups:
+            filter_loader.add_directory(str(roles / "gateway/filter_plugins"))
+            host.certificate_fault = self._certificate_fault(host, variables)
         told = list(told_of(host))
         return {
             "changed": False,
@@ -1018,6 +1069,28 @@ class ActionModule(ActionBase):
             "now": time.time(),
         }
         return self._execute_module("k80_host", arguments, task_vars=variables)
+
+    def _certificate_fault(self, host: Host, variables: dict[str, Any]) -> str:
+        """What the role gateway will say against its certificate, wherever that is; else empty."""
+        source = host.get("gateway_tls_source", str)
+        texts = []
+        for name in ("gateway_tls_certificate", "gateway_tls_key"):
+            path = host.get(name, str)
+            if source not in ("controller", "gateway") or not path:
+                return ""
+            if source == "controller":
+                try:
+                    texts.append(self._loader.get_text_file_contents(path))
+                except (OSError, AnsibleError):
+                    return f"{name}: {path} on this machine cannot be read"
+            else:
+                slurp = "ansible.builtin.slurp"
+                result = self._execute_module(slurp, {"src": path}, task_vars=variables)
+                if result.get("failed"):
+                    return f"{name}: {path} on the gateway cannot be read"
+                texts.append(base64.b64decode(result["content"]).decode(errors="replace"))
+        fault = filter_loader.get("gateway_tls_fault").j2_function(*texts)
+        return f"{host.get('gateway_tls_certificate', str)}: {fault}" if fault else ""
 
     def _models(
         self, host: Host, variables: dict[str, Any]
