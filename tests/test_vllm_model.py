@@ -785,3 +785,20 @@ def test_a_fleet_fetches_once(tmp_path: Path, hub: Hub, cache_host: str) -> None
     assert model_of(tmp_path, "two") == {"tiny.gguf": GGUF}
     assert len(hub.requests) == asked
     assert re.search(r"^one .* changed=0 ", done.stdout, re.MULTILINE)
+
+
+def test_what_does_not_fit_is_refused_once_it_is_there(tmp_path: Path) -> None:
+    """A package tells nothing before; instances are not reached then."""
+    source = sent_checkpoint(tmp_path)
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
+    more = {"num_hidden_layers": 80, "vocab_size": 32000, "max_position_embeddings": 4096}
+    config = sizes | more | {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float16"}
+    Path(source["path"], "config.json").write_text(json.dumps(config))
+    variables = {
+        "vllm_instance_model": "tiny",
+        "vllm_instance_instances": [{"name": "a", "dies": ["0000:05:00.0"]}],
+    }
+    done = run_role(tmp_path, source, "--limit=one", **variables)
+    assert done.returncode != 0
+    assert "one: model 'tiny' does not fit instance 'a': weights take" in done.stdout
+    assert (tmp_path / "one/tiny").is_dir()
