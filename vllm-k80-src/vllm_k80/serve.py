@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vllm_k80 import architectures, readiness
+from vllm_k80 import architectures, plan, readiness
 from vllm_k80.errors import UserError
+from vllm_k80.memory import Limits
 from vllm_k80.quantization import methods
 
 MIDDLEWARE = (
@@ -70,6 +71,55 @@ def _check_model(model: str, flags: list[str]) -> None:
         raise UserError(f"{model} is quantized already, by {method}. Leave --quantization out.")
 
 
+def _check_fit(model: str, flags: list[str]) -> None:
+    """Refuse what a die has no room for in a sentence, before the engine's own words.
+
+    What cannot be planned here is left to the engine, which takes its KV cache by the same account.
+
+    Raises:
+        UserError: it does not fit; with the nearest choice that does.
+    """
+    if not Path(model).exists():
+        return
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--dtype", choices=("auto", "half", "float16", "float", "float32"))
+    parser.add_argument("--quantization", "-q", choices=[*plan.WEIGHTS.values()])
+    for flag in ("--max-model-len", "--max-num-seqs", "--max-num-batched-tokens"):
+        parser.add_argument(flag, type=int)
+    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    parser.add_argument("--gpu-memory-utilization", type=float)
+    # With these it is another account, or another model.
+    for flag in ("--pipeline-parallel-size", "-pp", "--hf-overrides", "--hf-config-path"):
+        parser.add_argument(flag, dest="other")
+    try:
+        given = parser.parse_known_args(flags)[0]
+    except argparse.ArgumentError:
+        return
+    if given.other is not None:
+        return
+    limits = Limits()
+    settings = plan.Settings(
+        context=given.max_model_len,
+        dtype=given.dtype or "auto",
+        weights={name: bits for bits, name in plan.WEIGHTS.items()}.get(given.quantization),
+        dies=given.tensor_parallel_size,
+        limits=Limits(
+            utilization=given.gpu_memory_utilization or limits.utilization,
+            tokens=given.max_num_batched_tokens or limits.tokens,
+            sequences=given.max_num_seqs or limits.sequences,
+        ),
+    )
+    try:
+        source = plan.source(model)
+        settings = plan.as_served(source, settings)
+        reason = plan.lacking(source.model(settings), settings)
+    except UserError:
+        return
+    if reason:
+        advice = plan.advice(plan.nearest(source, settings))
+        raise UserError(f"{model} does not fit: {reason}. {advice}")
+
+
 def server_arguments(model: str, rest: list[str]) -> list[str]:
     """Arguments of ``vllm serve`` for this model.
 
@@ -82,6 +132,7 @@ def server_arguments(model: str, rest: list[str]) -> list[str]:
     """
     path = Path(model)
     _check_model(model, rest)
+    _check_fit(model, rest)
     given = {flag.split("=")[0] for flag in rest}
     arguments = ["serve", model, *rest]
     for middleware in MIDDLEWARE:

@@ -35,6 +35,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from ansible.errors import AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
@@ -105,6 +106,8 @@ class Host:
         self.groups = {*variables["group_names"], "k80"}
         # What is wrong with models, by their names; found on the server.
         self.model_faults: dict[str, str] = {}
+        # What could not be asked of a model, by its name.
+        self.model_doubts: dict[str, str] = {}
         # What `vllm-k80 plan` says against instances: their names, their model, and its answer.
         self.plans: list[tuple[list[str], str, dict[str, Any]]] = []
         # What is wrong with a gateway's certificate.
@@ -226,6 +229,14 @@ class Host:
     @staticmethod
     def _port(port: Any) -> int | str:
         return port if isinstance(port, int) else str(port)
+
+    def origin(self, source: Any) -> str:
+        """The host that sends a model of this entry to this one; empty: none does."""
+        kind = source.get("source") if isinstance(source, dict) else None
+        if kind == "controller":
+            return "localhost"
+        cache = self.get("vllm_model_cache_host", str)
+        return cache if kind in ("pypi", "url", "hub") and cache != self.name else ""
 
     def models(self) -> dict[str, Any]:
         """The entries of the catalogue that the instances name."""
@@ -741,6 +752,18 @@ def models_have_names_for_the_gateway(host: Host) -> Iterator[str]:
 def models_can_be_had(host: Host) -> Iterator[str]:
     for name, fault in host.model_faults.items():
         yield f"model '{name}': {fault}; correct its entry in vllm_model_catalogue or the server."
+    for name, doubt in host.model_doubts.items():
+        yield Warn(f"model '{name}': {doubt}.")
+
+
+@check("k80_servers")
+def the_cache_host_is_known(host: Host) -> Iterator[str]:
+    name = host.get("vllm_model_cache_host", str)
+    if name and name != "localhost" and name not in host.inventory.get("all", [name]):
+        yield (
+            f"vllm_model_cache_host is '{name}', which is no host of the inventory; correct it, or"
+            " name localhost, the controller."
+        )
 
 
 # What a choice of `vllm-k80 plan` is in an inventory.
@@ -1014,6 +1037,22 @@ def plan(model: str, flags: list[str], token: str) -> dict[str, Any] | None:
     return answer if isinstance(answer, dict) and "fits" in answer else None
 
 
+def ask_here(module: Path, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a module in check mode, on this machine."""
+    arguments = arguments | {"_ansible_check_mode": True}
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump({"ANSIBLE_MODULE_ARGS": arguments}, file)
+        file.flush()
+        done = subprocess.run(
+            [sys.executable, module, file.name], capture_output=True, text=True, check=False
+        )
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        answer = {"failed": True, "msg": (done.stderr.strip().splitlines() or ["no answer"])[-1]}
+    return answer if isinstance(answer, dict) else {}
+
+
 def told_of(host: Host) -> Iterator[str]:
     for group, function in CHECKS:
         if group in host.groups:
@@ -1038,13 +1077,15 @@ class ActionModule(ActionBase):
         roles = Path(variables["role_path"]).parent
         module_loader.add_directory(str(roles / "vllm_model/library"))
         host = Host(variables, load_roles(roles, load), template)
+        if self._task.args.get("of") == "fit":
+            return self._fit(host, variables)
         seen = self._see(host, variables)
         if seen.get("failed"):
             return seen
         host.seen = seen
         if "k80_servers" in host.groups:
-            host.model_faults, placed = self._models(host, variables)
-            host.plans = self._plans(host, variables, placed)
+            placed, here = self._models(host, variables)
+            host.plans = self._plans(host, variables, placed, here)
         if "k80_gateways" in host.groups:
             filter_loader.add_directory(str(roles / "gateway/filter_plugins"))
             host.certificate_fault = self._certificate_fault(host, variables)
@@ -1055,6 +1096,16 @@ class ActionModule(ActionBase):
             "findings": [f"{host.name}: {s}" for s in told if not isinstance(s, Warn)],
             "cautions": [f"{host.name}: {s}" for s in told if isinstance(s, Warn)],
         }
+
+    def _fit(self, host: Host, variables: dict[str, Any]) -> dict[str, Any]:
+        """Findings of the models alone, once they are on the host."""
+        host.seen = {"dies": variables.get("preflight_dies", [])}
+        placed = {}
+        for name, model in variables.get("vllm_model_paths", {}).items():
+            file = model["serve_path"].removeprefix(f"/models/{name}")
+            placed[name] = model["host_path"] + file
+        host.plans = self._plans(host, variables, placed, {})
+        return {"changed": False, "findings": [f"{host.name}: {s}" for s in models_fit(host)]}
 
     def _see(self, host: Host, variables: dict[str, Any]) -> dict[str, Any]:
         """What the host says of itself."""
@@ -1095,10 +1146,15 @@ class ActionModule(ActionBase):
     def _models(
         self, host: Host, variables: dict[str, Any]
     ) -> tuple[dict[str, str], dict[str, str]]:
-        """What the module that will put the models in place says against them, and where those
-        are that are there: a directory, or a GGUF file."""
-        faults, placed = {}, {}
+        """Asks the module that will put the models in place for what is wrong with them.
+
+        Returns where those are that are on the host, and those that are on the controller: a
+        directory, or a GGUF file.
+        """
+        placed: dict[str, str] = {}
+        here: dict[str, str] = {}
         planned = 0
+        module = Path(variables["role_path"]).parent / "vllm_model/library/vllm_model_store.py"
         for name, source in host.models().items():
             arguments = {
                 "name": name,
@@ -1108,20 +1164,44 @@ class ActionModule(ActionBase):
                 "hub_token": host.get("vllm_model_hub_token", str),
                 "bytes_before": planned,
             }
-            result = self._execute_module("vllm_model_store", arguments, task_vars=variables)
-            if result.get("failed"):
-                faults[name] = result["msg"].removeprefix(f"Model {name}: ").rstrip(".")
-            elif not result["changed"]:
-                file = result["model"]["serve_path"].removeprefix(f"/models/{name}")
-                placed[name] = result["model"]["host_path"] + file
+
+            def kept(result: dict[str, Any], found: dict[str, str], name: str = name) -> bool:
+                """Whether the module took it; notes where it is, if it is there."""
+                if result.get("failed"):
+                    return False
+                if not result["changed"]:
+                    file = result["model"]["serve_path"].removeprefix(f"/models/{name}")
+                    found[name] = result["model"]["host_path"] + file
+                return True
+
+            origin = host.origin(source)
+            result = {}
+            if origin == "localhost":
+                root = host.get("vllm_model_cache_root", str)
+                result = ask_here(module, arguments | {"root": root, "bytes_before": 0})
+                if kept(result, here):
+                    sent = {"revision": result["model"]["revision"], "files": result["files"]}
+                    arguments["sent"] = sent
+            if not result.get("failed"):
+                result = self._execute_module("vllm_model_store", arguments, task_vars=variables)
+            if not kept(result, placed):
+                fault = result["msg"].removeprefix(f"Model {name}: ").rstrip(".")
+                if origin in ("", "localhost"):
+                    host.model_faults[name] = fault
+                else:
+                    host.model_doubts[name] = f"{fault} (asked from here; {origin} fetches it)"
             planned += result.get("bytes", 0)
-        return faults, placed
+        return placed, here
 
     def _plans(
-        self, host: Host, variables: dict[str, Any], placed: dict[str, str]
+        self,
+        host: Host,
+        variables: dict[str, Any],
+        placed: dict[str, str],
+        here: dict[str, str],
     ) -> list[tuple[list[str], str, dict[str, Any]]]:
         """What `vllm-k80 plan` says of the instances' models, as far as something tells of them:
-        the files that are on the host, or the hub."""
+        the files that are on the host or the controller, the hub, or a file's first bytes."""
         alike = defaultdict(list)
         for instance in host.instances():
             flags = plan_flags(instance)
@@ -1132,23 +1212,34 @@ class ActionModule(ActionBase):
         with tempfile.TemporaryDirectory() as directory:
             for (name, flags), instances in alike.items():
                 source = host.models().get(name)
-                if name in placed:
-                    model = self._described(placed[name], Path(directory) / name, variables)
-                    where = []
-                elif isinstance(source, dict) and source.get("source") == "hub":
-                    if source.get("files"):  # GGUF, whose repositories do not tell what is in them
-                        continue
+                if not isinstance(source, dict):
+                    continue
+                where = []
+                url = str(source.get("url") or "")
+                path = placed.get(name) or unquote(urlsplit(url).path) * url.startswith("file:")
+                if path:
+                    model = self._described(path, Path(directory) / name, variables)
+                elif name in here:
+                    model = here[name]
+                elif source.get("source") == "hub":
                     model = str(source["repository"])
                     where = ["--revision", str(source["revision"])]
                     where += ["--endpoint", host.get("vllm_model_hub_endpoint", str)]
+                    for pattern in source.get("files") or []:
+                        where += ["--file", pattern]
                 else:
-                    continue
+                    model = url
                 answer = plan(model, [*flags, *where], token) if model else None
                 if answer:
                     # What was read here is there.
-                    if name in placed and "lacking" in answer:
-                        answer["lacking"] = str(answer["lacking"]).replace(model, placed[name])
+                    if path and "lacking" in answer:
+                        answer["lacking"] = str(answer["lacking"]).replace(model, path)
                     plans.append((instances, name, answer))
+                elif name not in placed:
+                    host.model_doubts[name] = (
+                        "whether it fits cannot be told before it is fetched; it is judged then,"
+                        " before any instance is restarted"
+                    )
         return plans
 
     def _described(self, path: str, copy: Path, variables: dict[str, Any]) -> str:

@@ -64,11 +64,11 @@ options:
     default: false
   sent:
     description:
-      - The model as the host has it that sends it, by its answers I(model.revision) and I(files). The answer is what
-        to send.
+      - The model as the host has it that sends it, by its answers I(model.revision) and I(files).
+        The answer is what to send.
     type: dict
   arrived:
-    description: All of I(sent), which has the sha256 of every file, was sent; verify it and put it in place.
+    description: All of I(sent), with the sha256 of its files, has come; verify and place it.
     type: bool
     default: false
 """
@@ -87,7 +87,7 @@ files:
   type: list
   returned: success
 parts:
-  description: What to send of them (name, offset, size), and the file on the server to append it to (path).
+  description: What to send of them (name, offset, size), and what to append it to (path).
   type: list
   returned: success
 """

@@ -5,7 +5,6 @@ ggml.h's ``enum ggml_type``, the sizes of their blocks those of ggml-common.h. g
 keeps each word of a vocabulary, and takes a minute for a large one.
 """
 
-import io
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -139,8 +138,7 @@ class _Reader:
         return Tensor(name, shape, _TYPES.get(kind, Type(f"number {kind}", 1, 1)))
 
     def header(self) -> Header:
-        if self.bytes(4) != b"GGUF":
-            raise _Damaged("it does not begin with these bytes")
+        """What follows the first four bytes."""
         version, tensors, entries = self.number("I"), self.number("Q"), self.number("Q")
         if version not in (2, 3):
             raise _Damaged(f"version {version}")
@@ -161,11 +159,16 @@ def read(path: Path) -> Header:
     """
     try:
         with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise UserError(f"{path} is not a GGUF file (it does not begin with these bytes).")
-            file.seek(0, io.SEEK_SET)
-            return _Reader(file).header()
+            return read_from(file, str(path))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}.") from None
+
+
+def read_from(file: BinaryIO, name: str) -> Header:
+    """The header of an open GGUF file, of which no more is read; name and errors as of `read`."""
+    try:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"{name} is not a GGUF file (it does not begin with these bytes).")
+        return _Reader(file).header()
     except _Damaged as error:
-        raise UserError(f"{path} is damaged or of an unknown version: {error}.") from None
+        raise UserError(f"{name} is damaged or of an unknown version: {error}.") from None
