@@ -40,7 +40,8 @@ class Fault:
     retried: int
     other_gateway: int
     slowest: float
-    # Seconds until no gateway had the instance ready any more, and until all had all.
+    # Seconds until no gateway gave the instance any more requests, and until all had all again,
+    # since the fault or, where it did not end by itself, since its end.
     detected: float | None
     recovered: float
 
@@ -53,12 +54,11 @@ def everything(ready: Ready) -> bool:
 
 
 def wait_for(load: Load, condition: Callable[[Ready], bool], since: float, seconds: float) -> float:
-    """Seconds from `since` until the gateways' counts of ready instances are as wanted."""
-    seen = 0
+    """When the gateways' counts of ready instances were as wanted, from some time on."""
     while True:
-        for seen, (when, ready) in enumerate(load.ready[seen:], start=seen):
+        for when, ready in list(load.ready):
             if when >= since and condition(ready):
-                return when - since
+                return when
         last = load.ready[-1:]
         assert time.monotonic() - since < seconds, f"not within {seconds} s; the gateways: {last}"
         time.sleep(0.1)
@@ -97,9 +97,9 @@ def under_load(request: pytest.FixtureRequest) -> Iterator[Callable[..., Fault]]
             noticed = wait_for(load, detected, at, within) if detected else None
             if mend:
                 mend()
-            at_last = time.monotonic() if mend else at + (noticed or 0)
-            back = wait_for(load, everything, at_last, within)
-            recovered = back if mend else at_last - at + back
+            # From the fault on, where nobody had to end it.
+            begun = at if detected and not mend else time.monotonic()
+            back = wait_for(load, everything, noticed if noticed and not mend else begun, within)
             time.sleep(3)
         counts = load.count()
         result = Fault(
@@ -111,8 +111,8 @@ def under_load(request: pytest.FixtureRequest) -> Iterator[Callable[..., Fault]]
             retried=retried(began),
             other_gateway=sum(answer.other_gateway for answer in load.answers),
             slowest=max(answer.seconds for answer in load.answers),
-            detected=noticed,
-            recovered=recovered,
+            detected=noticed - at if noticed else None,
+            recovered=back - begun,
         )
         print(request.node.name, result)
         bad = [answer for answer in load.answers if answer.outcome in ("failed", "wrong")]
