@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
+import report
 import testinfra
 import yaml
 from load import Load
@@ -18,6 +20,9 @@ GATEWAYS = ["k80-fleet-gateway-1", "k80-fleet-gateway-2"]
 ADDRESSES = {name: f"198.18.38.{10 + index}" for index, name in enumerate(SERVERS + GATEWAYS)}
 URLS = [f"http://{ADDRESSES[name]}:8080" for name in GATEWAYS]
 INSTANCES = 2 * len(SERVERS)
+# Everything, each twice, and a report; else what CI has the time for.
+RELIABILITY = "RELIABILITY" in os.environ
+ROWS = pytest.StashKey[list[str]]()
 VARIABLES = ROOT / "molecule" / "fleet" / "inventory" / "group_vars" / "k80_fleet.yml"
 
 
@@ -44,6 +49,13 @@ class Fault:
     # since the fault or, where it did not end by itself, since its end.
     detected: float | None
     recovered: float
+
+    def row(self, name: str) -> str:
+        """Of the table in docs/reliability.md."""
+        noticed = "" if self.detected is None else f"{self.detected:.1f} s"
+        figures = (self.sent, self.finished, self.failed, self.cut, self.retried)
+        cells = [name, *figures, self.other_gateway, f"{self.slowest:.1f} s", noticed]
+        return f"| {' | '.join(map(str, cells))} | {self.recovered:.1f} s |"
 
 
 Ready = list[int | None]
@@ -114,7 +126,8 @@ def under_load(request: pytest.FixtureRequest) -> Iterator[Callable[..., Fault]]
             detected=noticed - at if noticed else None,
             recovered=back - begun,
         )
-        print(request.node.name, result)
+        name = request.node.name.removeprefix("test_").replace("_", " ")
+        request.config.stash[ROWS].append(result.row(name))
         bad = [answer for answer in load.answers if answer.outcome in ("failed", "wrong")]
         assert not bad, f"{bad[:5]} and so on; {result}"
         assert result.sent == result.finished + result.cut
@@ -125,3 +138,29 @@ def under_load(request: pytest.FixtureRequest) -> Iterator[Callable[..., Fault]]
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: for make test-reliability, not for CI")
+    config.stash[ROWS] = []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not RELIABILITY:
+        left = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if RELIABILITY and "under_load" in metafunc.fixturenames:
+        metafunc.parametrize("under_load", ["first", "second"], indirect=True)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    rows = config.stash[ROWS]
+    terminalreporter.write_line("\n".join(rows))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    # Only of a run in which all was as it should be.
+    if RELIABILITY and exitstatus == 0:
+        report.write(ROOT / "docs" / "reliability.md", session.config.stash[ROWS])
