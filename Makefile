@@ -87,6 +87,10 @@ test-package-fast: venv ## Those of them that start no engine and build no wheel
 test-molecule: venv ## The molecule scenarios, on an emulated server
 	@pytest tests -m 'molecule and not more' --capture=no
 
+.PHONY: test-reliability
+test-reliability: venv ## A fleet under load while things break, twice each: renews docs/reliability.md (about an hour)
+	@RELIABILITY=1 molecule test --scenario-name fleet
+
 ## ---- look at the kernels
 
 .PHONY: kernels-report

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
+import report
 import testinfra
 import yaml
 from load import Load
@@ -18,6 +20,9 @@ GATEWAYS = ["k80-fleet-gateway-1", "k80-fleet-gateway-2"]
 ADDRESSES = {name: f"198.18.38.{10 + index}" for index, name in enumerate(SERVERS + GATEWAYS)}
 URLS = [f"http://{ADDRESSES[name]}:8080" for name in GATEWAYS]
 INSTANCES = 2 * len(SERVERS)
+# Everything, each twice, and a report; else what CI has the time for.
+RELIABILITY = "RELIABILITY" in os.environ
+ROWS = pytest.StashKey[list[str]]()
 VARIABLES = ROOT / "molecule" / "fleet" / "inventory" / "group_vars" / "k80_fleet.yml"
 
 
@@ -40,9 +45,17 @@ class Fault:
     retried: int
     other_gateway: int
     slowest: float
-    # Seconds until no gateway had the instance ready any more, and until all had all.
+    # Seconds until no gateway gave the instance any more requests, and until all had all again,
+    # since the fault or, where it did not end by itself, since its end.
     detected: float | None
     recovered: float
+
+    def row(self, name: str) -> str:
+        """Of the table in docs/reliability.md."""
+        noticed = "" if self.detected is None else f"{self.detected:.1f} s"
+        figures = (self.sent, self.finished, self.failed, self.cut, self.retried)
+        cells = [name, *figures, self.other_gateway, f"{self.slowest:.1f} s", noticed]
+        return f"| {' | '.join(map(str, cells))} | {self.recovered:.1f} s |"
 
 
 Ready = list[int | None]
@@ -53,12 +66,11 @@ def everything(ready: Ready) -> bool:
 
 
 def wait_for(load: Load, condition: Callable[[Ready], bool], since: float, seconds: float) -> float:
-    """Seconds from `since` until the gateways' counts of ready instances are as wanted."""
-    seen = 0
+    """When the gateways' counts of ready instances were as wanted, from some time on."""
     while True:
-        for seen, (when, ready) in enumerate(load.ready[seen:], start=seen):
+        for when, ready in list(load.ready):
             if when >= since and condition(ready):
-                return when - since
+                return when
         last = load.ready[-1:]
         assert time.monotonic() - since < seconds, f"not within {seconds} s; the gateways: {last}"
         time.sleep(0.1)
@@ -97,9 +109,9 @@ def under_load(request: pytest.FixtureRequest) -> Iterator[Callable[..., Fault]]
             noticed = wait_for(load, detected, at, within) if detected else None
             if mend:
                 mend()
-            at_last = time.monotonic() if mend else at + (noticed or 0)
-            back = wait_for(load, everything, at_last, within)
-            recovered = back if mend else at_last - at + back
+            # From the fault on, where nobody had to end it.
+            begun = at if detected and not mend else time.monotonic()
+            back = wait_for(load, everything, noticed if noticed and not mend else begun, within)
             time.sleep(3)
         counts = load.count()
         result = Fault(
@@ -111,10 +123,11 @@ def under_load(request: pytest.FixtureRequest) -> Iterator[Callable[..., Fault]]
             retried=retried(began),
             other_gateway=sum(answer.other_gateway for answer in load.answers),
             slowest=max(answer.seconds for answer in load.answers),
-            detected=noticed,
-            recovered=recovered,
+            detected=noticed - at if noticed else None,
+            recovered=back - begun,
         )
-        print(request.node.name, result)
+        name = request.node.name.removeprefix("test_").replace("_", " ")
+        request.config.stash[ROWS].append(result.row(name))
         bad = [answer for answer in load.answers if answer.outcome in ("failed", "wrong")]
         assert not bad, f"{bad[:5]} and so on; {result}"
         assert result.sent == result.finished + result.cut
@@ -125,3 +138,29 @@ def under_load(request: pytest.FixtureRequest) -> Iterator[Callable[..., Fault]]
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: for make test-reliability, not for CI")
+    config.stash[ROWS] = []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not RELIABILITY:
+        left = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if RELIABILITY and "under_load" in metafunc.fixturenames:
+        metafunc.parametrize("under_load", ["first", "second"], indirect=True)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    rows = config.stash[ROWS]
+    terminalreporter.write_line("\n".join(rows))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    # Only of a run in which all was as it should be.
+    if RELIABILITY and exitstatus == 0:
+        report.write(ROOT / "docs" / "reliability.md", session.config.stash[ROWS])

@@ -110,14 +110,14 @@ class Load:
     async def _ask(self, number: int, clients: list[openai.AsyncOpenAI]) -> None:
         begun = time.monotonic()
         turn = number // 2 % len(clients)
-        for attempt, client in enumerate(clients[turn:] + clients[:turn], start=1):
-            outcome, detail = await self._ask_one(number, client)
-            if outcome != "unanswered":
-                break
-        else:
+        own, *others = clients[turn:] + clients[:turn]
+        outcome, detail = await self._ask_one(number, own)
+        other = outcome == "unanswered"
+        while outcome == "unanswered" and others:
+            outcome, detail = await self._ask_one(number, others.pop(0))
+        if outcome == "unanswered":
             outcome = "failed"
-        answer = Answer(outcome, time.monotonic() - begun, detail, attempt > 1)
-        self.answers.append(answer)
+        self.answers.append(Answer(outcome, time.monotonic() - begun, detail, other))
 
     async def _ask_one(self, number: int, client: openai.AsyncOpenAI) -> tuple[str, str]:
         prompt, count = f"question {number}", 10 + number * 7 % 60
