@@ -117,6 +117,15 @@ def replace(module, path, content, file):
         raise
 
 
+class Module(AnsibleModule):
+    def log(self, msg, log_args=None):
+        """Not to the system's log: contents may be secrets.
+
+        AnsibleModule(no_log=True) would not do, for it is overruled by the task's own no_log, which
+        would hide from the user why a file was refused.
+        """
+
+
 def set_attributes(module, path, file):
     """Owner, group and mode of ``path``; whether any was, or in check mode is, another."""
     changed = module.set_owner_if_different(path, file["owner"], False)
@@ -125,7 +134,7 @@ def set_attributes(module, path, file):
 
 
 def main():
-    module = AnsibleModule(
+    module = Module(
         argument_spec={
             "files": {
                 "type": "list",
@@ -147,7 +156,6 @@ def main():
             }
         },
         supports_check_mode=True,
-        no_log=True,  # contents may be secrets, and the system's log is no place for others either
     )
     os.umask(0o022)
     paths, diff = [], []

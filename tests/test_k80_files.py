@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from ansible.module_utils import basic
 
 MODULE = Path(__file__).resolve().parent.parent / "library/k80_files.py"
 
@@ -138,3 +141,22 @@ def test_contents_are_in_no_answer(tmp_path: Path, one: Path, path: str) -> None
     answer = write({"path": str(tmp_path / path), "content": "the new secret"}, diff=False)
     assert "secret" not in json.dumps(answer)
     assert answer["invocation"]["module_args"] == {"files": [str(tmp_path / path)]}
+
+
+def test_contents_are_in_no_log(
+    one: Path, load_module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Modules write their parameters to the system's log, unless the task forbids it."""
+    logged: list[str] = []
+    monkeypatch.setattr(basic, "has_journal", False)
+    monkeypatch.setattr(
+        basic.AnsibleModule, "_log_to_syslog", lambda _, message: logged.append(message)
+    )
+    arguments = {"files": [{"path": str(one), "content": "a secret"}], "_ansible_no_log": False}
+    monkeypatch.setattr(
+        basic, "_ANSIBLE_ARGS", json.dumps({"ANSIBLE_MODULE_ARGS": arguments}).encode()
+    )
+    monkeypatch.setattr(basic, "_ANSIBLE_PROFILE", "legacy")
+    with pytest.raises(SystemExit):
+        load_module("library/k80_files.py").main()
+    assert "secret" not in "".join(logged)

@@ -74,7 +74,10 @@ def test_a_rollback_brings_back_what_was_before(server: Server, ask: Callable[..
     assert "--max-num-seqs" not in server.run(f"systemctl cat {server.instances[1].unit}")
     # The inventory says so too: only the first instance is changed.
     second = server.container_id(server.instances[1])
-    rc, said = play("site.yml")
+    rc, said = play("site.yml", "-vvv")
     assert rc == 0, said
+    # However much it tells, no key of the scenario.
+    assert "EXEC" in said
+    assert "molecule-only-" not in said
     assert server.container_id(server.instances[1]) == second
     assert "--max-num-seqs" not in server.run(f"systemctl cat {server.instances[0].unit}")

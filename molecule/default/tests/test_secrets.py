@@ -1,0 +1,96 @@
+"""Where the keys are: in files that root alone may read, and nowhere that others look."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from conftest import HOST_VARS, Server
+
+VARIABLES = yaml.safe_load(HOST_VARS.read_text())
+INSTANCE_KEY = VARIABLES["vllm_instance_api_key"]
+USERS_KEY = VARIABLES["gateway_api_keys"][0]["key"]
+
+
+@pytest.fixture(params=[INSTANCE_KEY, USERS_KEY], ids=["instances' key", "user's key"])
+def key(request: pytest.FixtureRequest) -> str:
+    value: str = request.param
+    return value
+
+
+def files_with(server: Server, key: str, user: str, *places: str) -> set[str]:
+    """The small files in which a user of the server finds a key, below these places."""
+    find = f"find {' '.join(places)} -xdev -type f -size -1024k -exec grep -lsF {key} {{}} +"
+    return set(server.run(f"runuser -u {user} -- {find} 2> /dev/null || true").split())
+
+
+def test_no_log_has_it(server: Server, key: str) -> None:
+    # Of all boots and units, Ansible's modules among them, which log their parameters.
+    server.run("journalctl --sync")
+    assert int(server.run("journalctl --no-pager | wc -l")) > 100
+    assert server.run(f"journalctl --no-pager --output=cat | grep -cF {key} || true") == "0"
+
+
+def test_no_command_line_and_no_unit_has_it(server: Server, key: str) -> None:
+    seen = server.run("cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
+    assert "vllm" in seen
+    assert key not in seen
+    units = server.run("systemctl show --all '*.service'; systemctl cat 'vllm-k80-*' haproxy")
+    assert "ExecStart=/usr/bin/docker run" in units
+    assert key not in units
+
+
+def test_no_image_has_it(server: Server, key: str) -> None:
+    """Images are built before there is a key, of the sources alone; and nothing else runs them."""
+    images = server.run("docker image ls --quiet --no-trunc").split()
+    assert images
+    for image in set(images):
+        told = server.run(f"docker image inspect {image}; docker history --no-trunc {image}")
+        assert key not in told
+    # What was written since, where a container may write.
+    for instance in server.instances:
+        root = f"/proc/{server.container_pid(instance)}/root"
+        places = [f"{root}{path}" for path in ("/tmp", "/var/lib/vllm-k80", "/var/cache/vllm-k80")]
+        assert files_with(server, key, "root", *places) == set()
+
+
+def test_it_is_in_files_for_root_alone(server: Server) -> None:
+    places = "/etc /home /opt /root /run /srv /tmp /usr/local /var"
+    found = files_with(server, INSTANCE_KEY, "root", *places.split())
+    names = [instance.name for instance in server.instances]
+    configuration = {"/etc/haproxy/haproxy.cfg"} | {f"/etc/vllm-k80/{name}.env" for name in names}
+    assert configuration <= found
+    for path in found:
+        assert path.startswith(("/etc/haproxy/", "/etc/vllm-k80/")), path
+        assert server.run(f"stat --format '%a %U' {path}") == "600 root", path
+    # Docker keeps the environment of the containers that run, as `docker inspect` shows it to root.
+    docker = files_with(server, INSTANCE_KEY, "root", "/var/lib/docker/containers")
+    assert len(docker) == len(server.instances)
+    assert server.run("stat --format '%A %U' /var/lib/docker").endswith("--- root")
+    # Of users' keys there are only hashes.
+    assert files_with(server, USERS_KEY, "root", *places.split()) == set()
+
+
+def test_another_user_of_the_server_finds_it_nowhere(server: Server) -> None:
+    places = ("/etc", "/run", "/tmp", "/var", "/usr/local")
+    assert files_with(server, INSTANCE_KEY, "nobody", *places) == set()
+    # The search does find what may be read.
+    server.run(f"install -m 644 /etc/vllm-k80/{server.instances[0].name}.env /var/tmp/readable")
+    try:
+        assert files_with(server, INSTANCE_KEY, "nobody", *places) == {"/var/tmp/readable"}
+    finally:
+        server.run("rm /var/tmp/readable")
+    result = server.host.run(
+        "runuser -u nobody -- sh -c 'docker ps || cat /proc/%s/environ'",
+        str(server.container_pid(server.instances[0])),
+    )
+    assert result.rc != 0
+    assert INSTANCE_KEY not in result.stdout
+
+
+def test_what_the_doctor_tells_has_none(server: Server) -> None:
+    told = server.run("cat /etc/vllm-k80/doctor.json; k80-doctor --json; k80-instance list --json")
+    assert json.loads(server.run("cat /etc/vllm-k80/doctor.json"))["instances"]
+    assert INSTANCE_KEY not in told
+    assert USERS_KEY not in told
