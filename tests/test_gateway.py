@@ -530,6 +530,25 @@ def test_reload_loses_nothing(both: Gateway) -> None:
         assert [s.count(b"data:") for s in streams] == [4] * 12
 
 
+def test_a_request_that_arrives_over_a_reload_is_served(both: Gateway) -> None:
+    """It is the old process's, in which HAProxy counts no server any more."""
+    heads = [
+        b"GET /health HTTP/1.1\r\nHost: gateway\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: gateway\r\nContent-Length: 2\r\n",
+    ]
+    rest = f"Authorization: Bearer {KEY}\r\n\r\n".encode()
+    connections = [socket.create_connection(("127.0.0.1", both.port), timeout=20) for _ in heads]
+    for connection, head in zip(connections, heads, strict=True):
+        connection.sendall(head)
+    time.sleep(0.3)
+    both.process.send_signal(signal.SIGUSR2)
+    wait_until(lambda: b"Proxy instances stopped" in both.log.read_bytes(), what="the reload")
+    for connection, body in zip(connections, (b"", b"{}"), strict=True):
+        connection.sendall(rest + body)
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+        connection.close()
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
