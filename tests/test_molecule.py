@@ -17,9 +17,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 # The longest first.
-SCENARIOS = ["default", "driver", "fleet", "driver-matrix", "toolkit"]
+SCENARIOS = ["default", "driver", "driver-matrix", "toolkit"]
 # Left to make test-all, so that make test ends within its 75 minutes on two cores.
-MORE = ["air-gapped"]
+MORE = ["air-gapped", "fleet"]
 AT_ONCE = int(os.environ.get("MOLECULE_AT_ONCE", "2"))
 
 

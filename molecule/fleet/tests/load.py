@@ -95,15 +95,17 @@ class Load:
         """Asks the gateways how many instances they would give requests to."""
         async with httpx2.AsyncClient(timeout=1) as client:
 
-            async def ready(url: str) -> int | None:
+            async def ready_at(url: str) -> int | None:
                 try:
                     answer = await client.get(f"{url}/health")
                 except httpx2.HTTPError:
                     return None
-                return int(answer.json()["ready_instances"]) if answer.status_code == 200 else 0
+                # A process that a reload has replaced does not say.
+                ready: int | None = answer.json().get("ready_instances")
+                return ready if answer.status_code == 200 else 0
 
             while True:
-                counts = await asyncio.gather(*map(ready, self.gateways))
+                counts = await asyncio.gather(*map(ready_at, self.gateways))
                 self.ready.append((time.monotonic(), list(counts)))
                 await asyncio.sleep(0.25)
 
