@@ -118,7 +118,7 @@ def test_what_is_no_archive_of_one_image_is_refused(
 def cut(directory: Path, *command: str) -> str:
     script = ROOT / "roles/vllm_image/files/cut-image"
     done = subprocess.run(
-        [script, directory, "1KB", *command], capture_output=True, text=True, check=True
+        [script, directory, "1KB", "gzip -1", *command], capture_output=True, text=True, check=True
     )
     return done.stdout
 

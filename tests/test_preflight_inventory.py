@@ -564,3 +564,51 @@ def test_every_choice_is_told_by_its_variable(judge: Judge) -> None:
         "model 'two' does not fit instance 'b': it is too large; no setting makes it fit; choose a"
         " smaller model.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "beginning"),
+    [
+        (
+            {"vllm_image_archive": "/nowhere/image.tar"},
+            "vllm_image_archive is '/nowhere/image.tar', ",
+        ),
+        ({"vllm_image_builder": "gateway"}, "vllm_image_builder is 'gateway', which is none of"),
+        ({"vllm_image_registry": "https://r.example.org/a"}, "vllm_image_registry is 'https://"),
+        (
+            {"vllm_image_registry": "r.example.org/a:1"},
+            "vllm_image_registry is 'r.example.org/a:1'",
+        ),
+        ({"vllm_image_registry": "vllm-k80"}, "vllm_image_registry is 'vllm-k80'; write"),
+        (
+            {"vllm_image_registry": "r.example.org/a", "vllm_image_archive": __file__},
+            "vllm_image_registry does nothing beside vllm_image_archive;",
+        ),
+        (
+            {"vllm_image_registry": "r.example.org/a", "vllm_image_builder": ""},
+            "vllm_image_registry does nothing where vllm_image_builder is empty;",
+        ),
+    ],
+)
+def test_an_image_comes_from_somewhere(
+    judge: Judge, settings: dict[str, Any], beginning: str
+) -> None:
+    told = list(judge.plugin.image_has_a_source(judge.host(**settings)))
+    assert len(told) == 1
+    assert told[0].startswith(beginning)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"vllm_image_archive": __file__},
+        {"vllm_image_builder": ""},
+        {"vllm_image_registry": "r.example.org/lab/vllm-k80"},
+        {"vllm_image_registry": "localhost:5000/vllm-k80"},
+    ],
+)
+def test_an_image_that_comes_from_somewhere_is_no_finding(
+    judge: Judge, settings: dict[str, Any]
+) -> None:
+    assert not list(judge.plugin.image_has_a_source(judge.host(**settings)))

@@ -631,6 +631,35 @@ def mirrors_have_addresses(host: Host) -> Iterator[str]:
 
 
 @check("k80_servers")
+def image_has_a_source(host: Host) -> Iterator[str]:
+    archive = host.get("vllm_image_archive", str)
+    builder = host.get("vllm_image_builder", str)
+    registry = host.get("vllm_image_registry", str)
+    if archive and not Path(archive).expanduser().is_file():
+        yield (
+            f"vllm_image_archive is {archive!r}, but there is no such file on this machine; put the"
+            " output of docker save there, or empty the variable to build the image."
+        )
+    if builder and builder not in host.inventory.get("k80_servers", []):
+        yield (
+            f"vllm_image_builder is {builder!r}, which is none of k80_servers; name one of them, or"
+            " nothing for each to build its own."
+        )
+    if registry and not re.fullmatch(r"[^/\s]+[.:][^/\s]+(/[a-z0-9._-]+)+", registry):
+        yield (
+            f"vllm_image_registry is {registry!r}; write the registry and the image's name in it,"
+            " without https:// and tag, like registry.example.org:5000/vllm-k80."
+        )
+    if registry and archive:
+        yield "vllm_image_registry does nothing beside vllm_image_archive; empty one of the two."
+    elif registry and not builder:
+        yield (
+            "vllm_image_registry does nothing where vllm_image_builder is empty; name the server"
+            " that builds for all, or empty both."
+        )
+
+
+@check("k80_servers")
 def cache_has_a_place(host: Host) -> Iterator[str]:
     path = host.get("vllm_instance_cache_dir", str)
     if path and not re.fullmatch(r"/[^:\n]+", path):
