@@ -7,11 +7,13 @@ serves playbooks/.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,19 @@ def test_a_mirror_offers_the_same_parts_so_the_image_keeps_its_name() -> None:
     options = [f"--extra-vars={name}={url}" for name, url in mirrors.items()]
     done = image_tag_playbook(EXAMPLE, ROOT / "playbooks/image-tag.yml", *options)
     assert tag_in(done) == site_tag(EXAMPLE)
+
+
+def test_an_archive_names_its_image_itself(tmp_path: Path) -> None:
+    manifest = [{"Config": "config.json", "RepoTags": ["vllm-k80:0123456789abcdef"], "Layers": []}]
+    for name, content in {"manifest.json": manifest, "config.json": {}}.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    archive = tmp_path / "image.tar"
+    with tarfile.open(archive, "w") as tar:
+        for name in ("config.json", "manifest.json"):
+            tar.add(tmp_path / name, name)
+    options = [f"--extra-vars=vllm_image_archive={archive} vllm_image_cache={tmp_path}/cache"]
+    done = image_tag_playbook(EXAMPLE, ROOT / "playbooks/image-tag.yml", *options)
+    assert tag_in(done) == "vllm-k80:0123456789abcdef"
 
 
 def test_without_group_vars_beside_it_a_playbook_names_none(tmp_path: Path) -> None:
