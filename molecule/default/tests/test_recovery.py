@@ -85,7 +85,9 @@ def test_a_hung_engine_is_restarted(server: Server) -> None:
     old = server.container_id(instance)
     engine = server.children(instance)
     assert engine, "the engine runs in a process of its own"
-    server.run("kill -STOP " + " ".join(map(str, engine)))
+    pids = " ".join(map(str, engine))
+    server.host.run(f"kill -STOP {pids}")  # a probe that was among them may have ended
+    assert "T" in server.host.run(f"ps -o stat= {pids}").stdout
     replaced(server, instance, old, timeout=240)
 
 
