@@ -481,18 +481,22 @@ def test_instance_that_is_not_ready_gets_nothing(both: Gateway) -> None:
     wait_until(lambda: both.ready_instances() == 2, what="the instance's return")
 
 
-def test_all_down_is_503_with_retry_after(both: Gateway) -> None:
-    both.instances[0].stop()
-    both.instances[1].ready = 503
-    wait_until(lambda: both.ready_instances() == 0, what="the end of both")
+def assert_nobody_is_ready(gateway: Gateway) -> None:
     for path, method in (("/v1/chat/completions", "POST"), ("/health", "GET")):
-        status, answer, body = both.request(method, path)
+        status, answer, body = gateway.request(method, path)
         assert (status, answer["Retry-After"], body["error"]["code"]) == (
             503,
             "7",
             "no_instance_ready",
         ), path
         assert answer["X-Request-Id"]
+
+
+def test_all_down_is_503_with_retry_after(both: Gateway) -> None:
+    both.instances[0].stop()
+    both.instances[1].ready = 503
+    wait_until(lambda: both.ready_instances() == 0, what="the end of both")
+    assert_nobody_is_ready(both)
     assert both.request(key="wrong")[0] == 401, "only who has a key learns it in /v1"
 
 
@@ -624,13 +628,7 @@ def test_drained_instances_alone_get_nothing(both: Gateway) -> None:
     for instance in both.instances:
         instance.ready = 404
     wait_until(lambda: both.ready_instances() == 0, what="the drain")
-    for path, method in (("/v1/chat/completions", "POST"), ("/health", "GET")):
-        status, answer, body = both.request(method, path)
-        assert (status, answer["Retry-After"], body["error"]["code"]) == (
-            503,
-            "7",
-            "no_instance_ready",
-        )
+    assert_nobody_is_ready(both)
     assert not both.instances[0].seen + both.instances[1].seen
 
 

@@ -1,11 +1,8 @@
 """A second API key, so that a key can be changed while requests come."""
 
 import os
-from collections.abc import Awaitable, Callable
-from typing import Any
 
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
+from vllm_k80.asgi import App, Receive, Scope, Send
 
 
 class SecondKeyMiddleware:
@@ -15,7 +12,7 @@ class SecondKeyMiddleware:
     writes them to its log.
     """
 
-    def __init__(self, app: Callable[[dict[str, Any], Receive, Send], Awaitable[None]]) -> None:
+    def __init__(self, app: App) -> None:
         self.app = app
         key, second = (
             os.environ.get(name, "") for name in ("VLLM_API_KEY", "VLLM_K80_SECOND_API_KEY")
@@ -23,7 +20,7 @@ class SecondKeyMiddleware:
         self.first = (b"authorization", f"Bearer {key}".encode())
         self.second = (b"authorization", f"Bearer {second}".encode()) if second else None
 
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.second in scope.get("headers", ()):
             headers = [self.first if each == self.second else each for each in scope["headers"]]
             scope = scope | {"headers": headers}

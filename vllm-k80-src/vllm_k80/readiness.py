@@ -13,10 +13,11 @@ vLLM's ``/health`` only says that the server's process runs; it stays 200 when t
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
+
+from vllm_k80.asgi import App, Receive, Scope, Send
 
 PROOF = Path(os.environ.get("VLLM_K80_PROOF", "/tmp/vllm-k80/proof.json"))
 # Made and removed by the server's `k80-instance`.
@@ -25,9 +26,6 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # The names that the server serves, a JSON list; set by `vllm-k80 serve`.
 SERVED_NAMES = "VLLM_K80_SERVED_NAMES"
 
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 def write_proof(kind: str, seconds: float) -> None:
@@ -88,7 +86,7 @@ def status(model: str | None = None, now: float | None = None) -> tuple[int, dic
 class ReadinessMiddleware:
     """ASGI middleware that answers ``/ready`` and passes everything else on."""
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+    def __init__(self, app: App) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

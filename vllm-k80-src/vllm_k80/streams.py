@@ -5,21 +5,19 @@ engine that died under it as an event of a successful answer. A gateway takes th
 beginning of the answer, after which it cannot ask another instance.
 """
 
-from collections.abc import Awaitable, Callable
 from typing import Any
+
+from vllm_k80.asgi import App, Receive, Scope, Send
 
 # How vLLM's EngineDeadError begins, and with it the event that streams end with.
 ENGINE_DIED = b'data: {"error": {"message": "EngineCore encountered an issue.'
 
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class FirstTokenMiddleware:
     """ASGI middleware: no head of an answer before its first content, and 500 for a dead engine."""
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+    def __init__(self, app: App) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
