@@ -1033,7 +1033,19 @@ def test_a_file_of_metrics_is_replaced_as_a_whole(server: Server, tmp_path: Path
     assert file.read_text().startswith("# HELP k80_driver_up ")
 
 
-@pytest.mark.parametrize("arguments", [["--paint"], ["--timeout", "soon"]])
+def test_metrics_that_cannot_be_written_are_a_sentence(server: Server, tmp_path: Path) -> None:
+    file = tmp_path / "nowhere" / "k80.prom"
+    done = subprocess.run(
+        [sys.executable, DOCTOR, "--root", server.root, "--metrics", "dies", "--output", file],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told = f"k80-doctor: {file} cannot be written: No such file or directory.\n"
+    assert (done.returncode, done.stderr) == (3, told)
+
+
+@pytest.mark.parametrize("arguments", [["--paint"], ["--timeout", "soon"], ["--output", "x"]])
 def test_a_wrong_option_is_not_taken_for_a_failed_check(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, DOCTOR, *arguments], capture_output=True, check=False)
     assert done.returncode == 3
