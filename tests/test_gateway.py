@@ -248,7 +248,7 @@ def play(
     variables = {
         "gateway_api_keys": [
             {"name": "anna", "key": KEY},
-            {"name": "ben", "key": BENS_KEY, "requests_per_minute": 3, "concurrent_requests": 1},
+            {"name": "ben", "key": BENS_KEY, "requests_per_minute": 3, "concurrent_requests": 5},
         ],
         "vllm_instance_api_key": INSTANCE_KEY,
         "gateway_bind_address": "127.0.0.1",
