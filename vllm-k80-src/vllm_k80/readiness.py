@@ -27,7 +27,6 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SERVED_NAMES = "VLLM_K80_SERVED_NAMES"
 
 
-
 def write_proof(kind: str, seconds: float) -> None:
     """Record that tokens were generated: ``golden`` or ``liveness``, and how long it took."""
     PROOF.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,6 @@ from vllm_k80.asgi import App, Receive, Scope, Send
 ENGINE_DIED = b'data: {"error": {"message": "EngineCore encountered an issue.'
 
 
-
 class FirstTokenMiddleware:
     """ASGI middleware: no head of an answer before its first content, and 500 for a dead engine."""
 
