@@ -50,7 +50,7 @@ def test_chat_without_a_key_says_what_is_wrong(environment: dict[str, str]) -> N
 
 
 def test_a_stream_comes_piece_by_piece(environment: dict[str, str]) -> None:
-    command = [sys.executable, "examples/stream.py", "Name the capital of France."]
+    command = [sys.executable, "examples/stream.py", "What is the capital of France?"]
     pieces, times = [], []
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
