@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Answers from this repository's documentation: retrieval.py 'Which power cable does a board need?'
 
-The passage that is nearest to the question is found by WordLlama, an embedding model of 16 MB that
-runs on this machine, and goes to the endpoint with the question. docs/examples.md says more.
+WordLlama, an embedding model that runs here, finds the nearest passage (docs/examples.md).
 """
 
 import sys
