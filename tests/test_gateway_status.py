@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import base64
+import html
 import http.client
 import json
+import math
+import random
+import re
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from browser import document
 from test_gateway import (
     BENS_KEY,
     INSTANCE_KEY,
@@ -42,12 +47,8 @@ HOSTILE = """</title><script src="http://evil.example/x.js">'"&<b onclick=x>"""
 
 @pytest.fixture(scope="module")
 def program(load_module: Callable[[str], ModuleType]) -> ModuleType:
-    # The role puts the two files beside each other.
-    sys.path.insert(0, str(ROOT / "vllm-k80-src/vllm_k80"))
-    try:
-        return load_module("roles/gateway/files/vllm-k80-gateway-status")
-    finally:
-        sys.path.pop(0)
+    load_module("vllm-k80-src/vllm_k80/plot.py")  # which the role puts beside it
+    return load_module("roles/gateway/files/vllm-k80-gateway-status")
 
 
 class Page(HTMLParser):
@@ -207,13 +208,14 @@ def test_the_hour_survives_a_restart(program: ModuleType, tmp_path: Path) -> Non
         first.points.append({"at": time.time(), "models": {}})
     first.look()
     assert len(first.points) == program.POINTS
-    first.points.appendleft({"at": time.time() - 4000, "models": {}})  # the last goes for it
-    first.points.append({"at": time.time(), "models": {"m": {"of": "another version"}}})
-    first.look()
+    first.points[0] = {"at": time.time() - 4000, "models": {}}
+    first.points[1] = {"at": time.time(), "models": {"m": {"of": "another version"}}}
     first.save()
     second = program.Watcher(config_of(instance()), file)
-    assert second.points[-1] == first.points[-1]
-    assert len(second.points) == program.POINTS - 1
+    # The oldest and that of another version are left out.
+    assert len(second.points) == program.POINTS - 2
+    second.look()
+    assert second.points[-1]["models"]["m"].keys() == program.IN_A_POINT
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"at": "x", "models": {}}]', "[{}]"])
@@ -418,3 +420,99 @@ def test_the_program_ends_when_it_is_told(program: ModuleType, tmp_path: Path) -
         process.terminate()
     assert process.wait(10) == 0
     assert len(json.loads((tmp_path / "history.json").read_text())) == 1
+
+
+# ---- in a browser
+
+
+def made_up_page(program: ModuleType) -> str:
+    """An hour of a small fleet, all of it made up; docs/status.png is a picture of it."""
+    speeds = {"qwen2.5-7b-instruct": 14, "smollm2-1.7b-instruct": 38}
+    wave = random.Random(7)  # noqa: S311 (it only shakes the lines)
+    points = []
+    for index in range(program.POINTS):
+        models = {}
+        for number, (name, speed) in enumerate(speeds.items()):
+            load = 0.55 + 0.4 * math.sin(index / 34 + 2 * number)
+            failed = float(index == 216 and number == 0)
+            models[name] = {
+                "speed": speed * (3 - number) * load * wave.uniform(0.9, 1.1),
+                "under_way": float(round(18 * load * wave.uniform(0.85, 1.15))),
+                "waiting": float(max(0, round(25 * load - 20 + wave.uniform(-1, 1)))),
+                "first_byte": 1800.0 + 900 * number,
+                "seconds": 15.0,
+                "requests": float(wave.randint(1, 6)),
+                "errors": failed,
+                "again": 2 * failed,
+            }
+        points.append({"at": 1795738815 - 15 * (program.POINTS - 1 - index), "models": models})
+
+    def die(host: str, bus: int, model: str, *state: Any) -> Any:
+        condition, why, since, speed, running, cache = state
+        said = {"running": running, "waiting": 0, "cache": cache} if speed else {}
+        name, dies = f"die{bus - 5}", [f"0000:0{bus}:00.0"]
+        return program.Instance(host, name, model, dies, condition, why, since, speed, said)
+
+    large, small = speeds
+    instances = [
+        die("server1", 5, large, "ready", "", 187320, 14.1, 5, 0.62),
+        die("server1", 6, large, "down", "takes no connection", 372, None, 0, 0),
+        die("server2", 5, large, "ready", "", 90120, 13.6, 6, 0.91),
+        die("server2", 6, small, "ready", "", 90121, 36.9, 4, 0.18),
+        die("server3", 5, small, "drained", "gets no new requests", 41, 3.1, 1, 0.02),
+    ]
+    return str(program.page_of("gateway1", instances, points, ""))
+
+
+@pytest.mark.parametrize(
+    ("width", "scheme", "background"),
+    [(360, 0, "rgb(18, 21, 26)"), (1280, 1, "rgb(246, 247, 249)")],
+    ids=["phone, dark", "desktop, light"],
+)
+def test_it_fits_and_has_the_users_colours(
+    program: ModuleType, width: int, scheme: int, background: str
+) -> None:
+    # A window cannot be as narrow as a phone; a frame can.
+    script = (
+        "const d = this.contentDocument, tops = [...d.querySelectorAll('.tiles li')].map("
+        "tile => tile.getBoundingClientRect().top);"
+        "document.body.dataset.found = JSON.stringify([d.documentElement.scrollWidth,"
+        "this.contentWindow.getComputedStyle(d.body).backgroundColor, new Set(tops).size])"
+    )
+    frame = f'<iframe width="{width}" height="900" style="border: 0" src="/page" onload="{script}">'
+    contents = {
+        "/": f"<!doctype html><body>{frame}</iframe></body>",
+        "/page": made_up_page(program),
+    }
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(contents.get(self.path, "").encode())
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    with program.Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/"
+        seen = document(url, f"--blink-settings=preferredColorScheme={scheme}")
+        server.shutdown()
+    found = re.search(r'data-found="([^"]*)"', seen)
+    assert found, seen
+    scrolled, colour, rows = json.loads(html.unescape(found[1]))
+    assert scrolled <= width
+    assert colour == background
+    assert rows == (5 if width < 400 else 2)
+
+
+def test_a_browser_is_let_in_by_the_key(
+    program: ModuleType, gateway: tuple[Gateway, int], watcher: Any
+) -> None:
+    proxy, port = gateway
+    watcher.look()
+    with served(program, watcher, port):
+        seen = document(f"http://me:{KEY}@127.0.0.1:{proxy.port}/status")
+    assert "gateway1: 2 of 2 instances are ready</h1>" in seen
