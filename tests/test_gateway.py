@@ -1060,6 +1060,7 @@ def test_bad_certificates_are_refused_in_words(
             {"gateway_api_keys": [{"name": "anna", "key": KEY, "requests_per_minute": "many"}]},
             "0 for any number of requests",
         ),
+        ({"gateway_status_users": ["carl"]}, "carl has no entry in gateway_api_keys"),
         ({"gateway_tls_source": "gateway"}, "must be the paths of PEM files there"),
         ({"gateway_tls_source": "ca", "gateway_tls_names": []}, "gateway_tls_names is empty"),
     ],
