@@ -31,10 +31,8 @@ def test_the_table_names_both_dies_and_changes_nothing(server: Server, tmp_path:
         assert 0 <= row["kv_cache"] <= 1
         assert 20 < row["temperature"] < 80
         assert 0 < time.time() - row["since"] < 24 * 3600
-    assert (
-        f"{SERVER} 0000:05:00.0 {rows[0]['uuid'][:12]} smollm2-135m-instruct {image} ready"
-        in output
-    )
+    line = f"{SERVER} 0000:05:00.0 {rows[0]['uuid'][:12]} die0 smollm2-135m-instruct {image} ready"
+    assert line in output
 
 
 def test_the_page_shows_both_dies_and_what_they_do(
