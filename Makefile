@@ -24,6 +24,10 @@ chat: venv ## Chat with the demo in the terminal
 ask: venv ## Ask the demo one question: make ask Q='Why is the sky blue?'
 	@tools/demo ask
 
+.PHONY: status
+status: venv ## What each die of the demo serves, and how busy it is; JSON=1 prints JSON
+	@tools/demo status $(if $(JSON),--json)
+
 .PHONY: demo-down
 demo-down: venv ## Remove the demo's server; the image that it built is kept
 	@tools/demo down

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -60,9 +61,26 @@ def test_a_question_is_needed(run: Run) -> None:
     assert_one_sentence(run("ask"), "make ask Q=")
 
 
-def test_status_without_a_server(run: Run) -> None:
-    result = run("status")
-    assert (result.returncode, result.stdout.count("\n")) == (0, 1)
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_status_without_a_server(run: Run, options: list[str]) -> None:
+    assert_one_sentence(run("status", *options), "make demo")
+
+
+def test_status_as_json_is_nothing_but_json(run: Run, demo: Path) -> None:
+    """The playbook is tested elsewhere; here one that fails, and one that writes a row."""
+    (demo / "bin/docker").write_text("#!/bin/sh\necho running\n")
+    result = run("status", "--json")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1].startswith("demo: playbooks/status.yml failed")
+    (demo / "playbooks").mkdir()
+    shutil.copy(ROOT / "ansible.cfg", demo)
+    write = {"content": "[]\n", "dest": "{{ status_json }}", "mode": "0600"}
+    tasks = [{"ansible.builtin.copy": write, "delegate_to": "localhost"}]
+    plays = [{"hosts": "k80-demo", "gather_facts": False, "tasks": tasks}]
+    (demo / "playbooks/status.yml").write_text(json.dumps(plays))
+    (demo / "inventories/demo/hosts.yml").write_text("all: {hosts: {k80-demo: }}\n")
+    result = run("status", "--json")
+    assert (result.returncode, json.loads(result.stdout)) == (0, []), result.stderr
 
 
 def test_a_busy_port_is_named(run: Run) -> None:

@@ -258,21 +258,32 @@ class Server:
         return done
 
 
+METRICS = """\
+vllm:generation_tokens_total{{engine="0",model_name="tiny"}} {tokens}
+vllm:kv_cache_usage_perc{{engine="0",model_name="tiny"}} 0.25
+"""
+
+
 class Listener(ThreadingHTTPServer):
     def server_bind(self) -> None:
         TCPServer.server_bind(self)  # the other asks for the machine's name, which takes seconds
 
 
 class Ready(BaseHTTPRequestHandler):
-    """GET /ready, as an instance answers it."""
+    """GET /ready and /metrics, as an instance answers them."""
 
     status, content = 200, b'{"ready": true, "proof": {"age": 3.2}}'
+    tokens = 0
 
     def do_GET(self) -> None:
-        self.send_response(self.status)
-        self.send_header("Content-Length", str(len(self.content)))
+        status, content = self.status, self.content
+        if self.path == "/metrics":
+            type(self).tokens += 40
+            status, content = 200, METRICS.format(tokens=self.tokens).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(self.content)
+        self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
         """Nothing."""
@@ -1064,3 +1075,128 @@ def test_python_3_9_reads_it() -> None:
 def test_the_page_is_what_the_checks_say(doctor: ModuleType) -> None:
     page = (ROOT / "docs/troubleshooting.md").read_text()
     assert page == doctor.markdown() + "\n", "run: make docs"
+
+
+# ---- status
+
+SHOW = "systemctl show --property=ActiveState,SubState,StateChangeTimestampMonotonic"
+
+
+def with_units(server: Server) -> None:
+    """Instances as k80-instance knows them, which have been so for a minute."""
+    for number, uuid in enumerate(UUIDS):
+        name = f"vllm-k80-die{number}"
+        port = server.declared["instances"][number]["port"]
+        settings = f"Address=127.0.0.1\nPort={port}\nDies={uuid}\nImage={IMAGE}\nModel=tiny\n"
+        server.file(f"etc/systemd/system/{name}.service", f"[Unit]\n\n[X-K80]\n{settings}")
+        server.file(f"etc/systemd/system/{name}-liveness.timer", "")
+    since = int((time.monotonic() - 60) * 1e6)
+    state = f"ActiveState=active\nSubState=running\nStateChangeTimestampMonotonic={since}\n"
+    server.answer(SHOW, state)
+
+
+def status(server: Server) -> list[dict[str, Any]]:
+    done = server.run("--status", "--json", "--timeout", "6")
+    assert done.returncode == 0
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    return rows
+
+
+def test_status_tells_what_each_die_serves(server: Server) -> None:
+    with_units(server)
+    server.file("var/lib/vllm-k80/instances/die1/drained", "operator\n")
+    first, second = status(server)
+    # 40 tokens, or 80 where both instances, which are one here, have counted in between.
+    assert 10 < first.pop("tokens_per_second") <= 40
+    assert time.time() - first.pop("since") == pytest.approx(60, abs=10)
+    assert first.pop("host")
+    assert first == {
+        "die": DIES[0],
+        "uuid": UUIDS[0],
+        "instance": "die0",
+        "model": "tiny",
+        "image": IMAGE,
+        "state": "ready",
+        "why": "",
+        "kv_cache": 0.25,
+        "temperature": 38,
+    }
+    assert (second["instance"], second["state"]) == ("die1", "drained by operator")
+    assert time.time() - second["since"] < 30
+
+
+def test_status_of_dies_that_are_lost_and_instances_that_do_not_generate(
+    server: Server, instances: tuple[int, type[Ready]]
+) -> None:
+    with_units(server)
+    instances[1].status, instances[1].content = 503, b'{"reason": "the last proof is 400 s old"}'
+    server.answer("nvidia-smi", LOST, 15)
+    rows = [server.smi[0][field] for field in server.fields]
+    server.answer(f"nvidia-smi -i {DIES[0]}", ", ".join(rows) + "\n")
+    server.answer(f"nvidia-smi -i {DIES[1]}", LOST, 15)
+    first, second = status(server)
+    assert (first["state"], first["since"], first["temperature"]) == ("not ready", None, 38)
+    assert first["why"].endswith("/ready: the last proof is 400 s old")
+    assert (second["state"], second["temperature"]) == ("die lost", None)
+    assert second["uuid"] == UUIDS[1]
+
+
+def test_status_where_site_yml_has_never_run(server: Server, doctor: ModuleType) -> None:
+    server.declared = {}
+    rows = status(server)
+    assert [(row["die"], row["uuid"], row["state"]) for row in rows] == [
+        (die, uuid, "no instance") for die, uuid in zip(DIES, UUIDS, strict=True)
+    ]
+    lines = doctor.status_table(rows).splitlines()
+    assert [line.split()[:3] for line in lines] == [
+        ["HOST", "DIE", "UUID"],
+        *([row["host"], die, uuid[:12]] for row, die, uuid in zip(rows, DIES, UUIDS, strict=True)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("unit", "load", "state", "why"),
+    [
+        (None, None, "unknown", "no answer within 5 s"),
+        ({"state": "stopped"}, None, "stopped", ""),
+        ({"state": "active"}, None, "not ready", "it has no address"),
+        ({"state": "active"}, "silent", "not ready", "no answer within 5 s"),
+        ({"state": "active"}, {"ready": True}, "ready", ""),
+        ({"state": "active", "drained": "update"}, {"ready": True}, "drained by update", ""),
+    ],
+)
+def test_status_has_a_word_for_each_state(
+    doctor: ModuleType, unit: dict[str, Any] | None, load: Any, state: str, why: str
+) -> None:
+    silent = doctor.SilentError("no answer within 5 s")
+    whole = unit and {"settings": {"Model": "m"}, "drained": "", "since": 1.0} | unit
+    loads = {"die0": silent if load == "silent" else load} if load else {}
+    row = doctor.instance_row({"die0": whole or silent}, loads, "die0")
+    assert (row["state"], row["why"]) == (state, why)
+    # A word of why stands below the table, which shows a dash where nothing is known.
+    table = doctor.status_table([{"host": "server1", "die": "", **row}])
+    assert ("server1 die0: " + why in table) == bool(why)
+    assert table.splitlines()[1].split()[:2] == ["server1", "-"]
+
+
+def test_the_fleet_has_a_row_for_each_host(load_module: Callable[[str], ModuleType]) -> None:
+    filters = load_module("roles/doctor/filter_plugins/doctor.py")
+    row = {"host": "its own name", "die": DIES[0], "state": "ready", "instance": "die0"}
+    rows = filters.status_rows(
+        {
+            "server1": {"rc": 0, "stdout": json.dumps([row])},
+            "server2": {"unreachable": True, "msg": "Task failed: ssh: no route to host"},
+            "server3": {"rc": 127, "stdout": "", "stderr": "sh: 1:\npython3: not found\n"},
+            "server4": {"rc": 0, "stdout": "[]"},
+        }
+    )
+    assert [(row["host"], row["state"], row.get("why")) for row in rows] == [
+        ("server1", "ready", None),
+        ("server2", "unreachable", "ssh: no route to host"),
+        ("server3", "unknown", "python3: not found"),
+        ("server4", "no dies", "there is no Tesla K80 in its PCI tree"),
+    ]
+    lines = filters.status_table(rows).splitlines()
+    assert lines[0].startswith("HOST     DIE           UUID")
+    assert lines[2].split()[:2] == ["server2", "-"]
+    assert "server2: ssh: no route to host" in lines

@@ -67,6 +67,7 @@ class Instance:
     served_model: str = "m"
     ready: int = 200  # what GET /ready answers; 404 to a question about another model
     mode: str = "answer"  # answer, drop (close before the first byte), http500, http401, slow, sse
+    metrics: str = ""  # what GET /metrics answers
     seen: list[dict[str, Any]] = field(default_factory=list)
     client_left: threading.Event = field(default_factory=threading.Event)
     server: ThreadingHTTPServer | None = None
@@ -80,8 +81,8 @@ class Instance:
             def log_message(self, *_: Any) -> None:
                 """Quiet."""
 
-            def reply(self, status: int, body: dict[str, Any]) -> None:
-                data = json.dumps(body).encode()
+            def reply(self, status: int, body: dict[str, Any] | str) -> None:
+                data = (body if isinstance(body, str) else json.dumps(body)).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
@@ -92,6 +93,8 @@ class Instance:
                 if self.path.startswith("/ready"):
                     (asked,) = parse_qs(self.path.partition("?")[2])["model"]
                     self.reply(instance.ready if asked == instance.served_model else 404, {})
+                elif self.path == "/metrics":
+                    self.reply(200, instance.metrics)
                 else:
                     self.reply(200, {"path": self.path, "port": instance.port})
 
@@ -211,7 +214,7 @@ class Gateway:
     def states(self) -> dict[str, str]:
         """Instances by name: UP, DOWN or STOPPING."""
         lines = [line.split() for line in self.command("show servers state").splitlines()[2:]]
-        return {line[3].partition(":")[2]: line[5] for line in lines if line}
+        return {line[3].partition(":")[2]: line[5] for line in lines if line and ":" in line[3]}
 
     def workers(self) -> int:
         """How many HAProxy has started."""
@@ -238,6 +241,7 @@ TEMPLATES = {  # as roles/gateway/tasks/main.yml names them on a gateway
     "servers.state.j2": "vllm-k80-servers.state",
     "states.sh.j2": "states",
     "unit.conf.j2": "unit.conf",
+    "status.json.j2": "vllm-k80-status.json",
 }
 
 
@@ -265,6 +269,7 @@ def play(
             "port": instance.port,
             "model": "m",
             "served_model": instance.served_model,
+            "dies": [f"0000:{i + 5:02x}:00.0"],
         }
         for i, instance in enumerate(instances)
     ]
@@ -1055,6 +1060,7 @@ def test_bad_certificates_are_refused_in_words(
             {"gateway_api_keys": [{"name": "anna", "key": KEY, "requests_per_minute": "many"}]},
             "0 for any number of requests",
         ),
+        ({"gateway_status_users": ["carl"]}, "carl has no entry in gateway_api_keys"),
         ({"gateway_tls_source": "gateway"}, "must be the paths of PEM files there"),
         ({"gateway_tls_source": "ca", "gateway_tls_names": []}, "gateway_tls_names is empty"),
     ],

@@ -12,6 +12,7 @@ import openai
 import pytest
 import testinfra
 import yaml
+from browser import document
 from scenario import ROOT, reporting
 from testinfra.host import Host
 
@@ -141,6 +142,12 @@ def gateway_url(host: Host) -> str:
 def gateway_key() -> str:
     key: str = yaml.safe_load(HOST_VARS.read_text())["gateway_api_keys"][0]["key"]
     return key
+
+
+@pytest.fixture(scope="session")
+def status_page(gateway_url: str, gateway_key: str) -> Callable[[], str]:
+    """Looks at the gateway's status page with a browser."""
+    return lambda: document(gateway_url.replace("://", f"://test:{gateway_key}@") + "/status")
 
 
 @pytest.fixture(scope="session")

@@ -66,11 +66,16 @@ def test_a_request_under_way_is_answered_by_the_other_instance(
 
 
 def test_the_gateway_answers_while_one_instance_is_down(
-    server: Server, ask: Callable[..., str]
+    server: Server, ask: Callable[..., str], status_page: Callable[[], str]
 ) -> None:
     instance = server.instances[1]
     server.run(f"systemctl stop {instance.unit}")
+    stopped = time.monotonic()
     try:
+        while "1 of 2 instances are ready" not in (page := status_page()):
+            assert time.monotonic() - stopped < 30, page
+            time.sleep(1)
+        assert ">down: takes no connection<" in page
         for _ in range(4):
             assert "Paris" in ask()
         assert server.container_id(instance) == ""

@@ -1,6 +1,11 @@
-"""What the doctor compares a server with: the facts that the roles before it have set."""
+"""What the doctor compares a server with, and what the doctors of a fleet have told."""
 
 from __future__ import annotations
+
+import importlib.util
+import json
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
 
 INSTANCE = ("name", "dies", "uuids", "address", "port", "model")
 
@@ -64,8 +69,52 @@ def declared(
     return known | {name: value for name, value in content.items() if value}
 
 
+def status_rows(answers: dict[str, dict]) -> list[dict]:
+    """The rows of all hosts, under their names in the inventory, also of those that told none.
+
+    Args:
+        answers: by host, what ``k80-doctor --status --json`` ended with.
+    """
+    rows = []
+    for host, answer in answers.items():
+        if answer.get("unreachable"):
+            rows.append(_row(host, "unreachable", answer.get("msg")))
+            continue
+        try:
+            told = json.loads(answer["stdout"])
+        except (KeyError, ValueError):
+            said = answer.get("stderr") or answer.get("stdout") or answer.get("msg")
+            rows.append(_row(host, "unknown", said))
+            continue
+        none = _row(host, "no dies", "there is no Tesla K80 in its PCI tree")
+        rows += [row | {"host": host} for row in told] or [none]
+    return rows
+
+
+def _row(host: str, state: str, said: str | None) -> dict:
+    """A row of a host that told none; the last line of what was said tells why."""
+    lines = str(said or "it said nothing").strip().splitlines()
+    why = lines[-1].strip().removeprefix("Task failed: ")
+    texts = dict.fromkeys(("die", "uuid", "instance", "model", "image"), "")
+    numbers = dict.fromkeys(("tokens_per_second", "kv_cache", "temperature", "since"))
+    return {"host": host, **texts, "state": state, "why": why, **numbers}
+
+
+def status_table(rows: list[dict]) -> str:
+    """The table as the program itself prints it."""
+    path = Path(__file__).parents[1] / "files/k80-doctor"
+    loader = SourceFileLoader("k80_doctor", str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("k80_doctor", loader))
+    loader.exec_module(module)
+    return module.status_table(rows)
+
+
 class FilterModule:
     """Filters of the role doctor."""
 
     def filters(self) -> dict:
-        return {"doctor_declared": declared}
+        return {
+            "doctor_declared": declared,
+            "doctor_status_rows": status_rows,
+            "doctor_status_table": status_table,
+        }
