@@ -130,11 +130,11 @@ def test_what_is_measured_is_what_the_server_does(engine: Engine, tmp_path: Path
         assert min(firsts) <= step["ttft_ms"]["p50"] <= step["ttft_ms"]["p99"] <= max(firsts) + 0.01
         assert step["tpot_ms"]["mean"] == pytest.approx(sum(further) / len(further), rel=0.01)
         assert step["failed"] == 0
-        # Generated tokens over the time of all, with 100 + 7 * 20 ms for each of four rounds.
         tokens = 8 * step["requests"]
         assert step["tokens_per_second"] == pytest.approx(tokens / step["seconds"], rel=0.01)
-        assert step["seconds"] >= 4 * 0.23
-    assert (one["requests"], four["requests"]) == (4, 16)
+    assert (one["requests"], four["requests"]) == (4, 4)
+    assert one["seconds"] >= 4 * 0.23  # four times 100 + 7 * 20 ms; at once it takes that once
+    assert four["seconds"] < one["seconds"]
     assert engine.most == 4
     assert [(step["prompt_tokens"], step["tpot_ms"]) for step in lengths] == [(8, None), (64, None)]
     assert found["versions"]["vllm"].startswith("0.10.1.1")
@@ -166,6 +166,20 @@ def test_prompts_are_exact_fixed_by_the_seed_and_found_in_no_cache(
     assert prompts("--seed", "100")[0] != first
 
 
+def test_a_soak_goes_on_for_its_time_with_prompts_of_its_own(
+    engine: Engine, tmp_path: Path
+) -> None:
+    engine.first = engine.further = 0.01
+    assert bench(engine, tmp_path, "--soak", "1") == 0
+    *others, soak = result(tmp_path)["steps"]
+    assert "soak" not in {step["sweep"] for step in others}
+    assert (soak["sweep"], soak["concurrency"]) == ("soak", 4)
+    assert soak["seconds"] >= 1
+    assert soak["requests"] == len(soak["each"]) > 4
+    prompts = [tuple(body["prompt"]) for body in engine.asked if body.get("stream")]
+    assert len(set(prompts)) == len(prompts)
+
+
 def test_a_step_of_which_nothing_succeeds_is_one_sentence(
     engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,14 +202,17 @@ def test_some_failures_are_in_every_report(
     engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine.first = engine.further = 0.001
-    engine.fail_after = 1 + (1 + 4) + (1 + 3)  # one request of the last step
-    assert bench(engine, tmp_path, "--concurrency", "1", "--prompt-lengths", "8") == 0
+    engine.fail_after = 1 + (1 + 8) + (1 + 1)  # one request of the last step
+    assert (
+        bench(engine, tmp_path, *("--concurrency", "1", "--prompt-lengths", "8", "--requests", "8"))
+        == 0
+    )
     said = "prompt of 8: 1 failed: Service Unavailable"
     assert result(tmp_path)["steps"][1]["failed"] == 1
     assert said in capsys.readouterr().out
     assert said in (tmp_path / "report.html").read_text()
     assert (tmp_path / "result.csv").read_text().splitlines()[2].split(",")[:6] == [
-        *("prompt_length", "1", "8", "1", "4", "1")
+        *("prompt_length", "1", "8", "1", "2", "1")
     ]
 
 

@@ -33,27 +33,31 @@ class Settings:
     prompt_lengths: tuple[int, ...] = (128, 512, 1024)
     prompt_tokens: int = 256
     output_tokens: int = 64
-    requests: int = 16
+    requests: int = 32
     seed: int = 0
     vocabulary: int = 32000
     timeout: float = 600.0
+    soak: float = 0.0  # seconds of the largest concurrency after all else
 
 
 @dataclass(frozen=True)
 class Step:
     """Requests of one shape, so many at once."""
 
-    sweep: str  # concurrency or prompt_length
+    sweep: str  # concurrency, prompt_length or soak
     concurrency: int
     prompt_tokens: int
     output_tokens: int
     requests: int
+    at_least: float = 0.0  # seconds in which it goes on, with as many requests again and again
 
     @property
     def name(self) -> str:
         """For a person."""
         if self.sweep == "concurrency":
             return f"{self.concurrency} at once"
+        if self.sweep == "soak":
+            return f"soak, {self.concurrency} at once"
         return f"prompt of {self.prompt_tokens}"
 
 
@@ -74,21 +78,25 @@ class _NoTokenizer:
 
 
 def steps(settings: Settings) -> list[Step]:
-    """All that a run consists of: first the concurrencies, then single prompts of each length."""
-    return [
-        # Four for each that runs at once: comparisons take those that ran together as one value.
+    """All of a run: the concurrencies, single prompts of each length, and the soak."""
+    planned = [
         Step(
             "concurrency",
             concurrency,
             settings.prompt_tokens,
             settings.output_tokens,
-            max(settings.requests, 4 * concurrency),
+            max(settings.requests, concurrency),
         )
         for concurrency in settings.concurrency
     ] + [
-        Step("prompt_length", 1, length, 1, max(4, settings.requests // 2))
+        Step("prompt_length", 1, length, 1, max(1, settings.requests // 4))
         for length in settings.prompt_lengths
     ]
+    if settings.soak:
+        most = max(settings.concurrency)
+        shape = settings.prompt_tokens, settings.output_tokens, most
+        planned.append(Step("soak", most, *shape, at_least=settings.soak))
+    return planned
 
 
 # ---- measuring
@@ -114,13 +122,16 @@ async def _measure(
     )
     from vllm.benchmarks.serve import calculate_metrics
 
-    samples = RandomDataset(random_seed=seed).sample(
-        _NoTokenizer(settings.vocabulary),
-        step.concurrency + step.requests,
-        input_len=step.prompt_tokens,
-        output_len=step.output_tokens,
-    )
-    warm_up, measured = samples[: step.concurrency], samples[step.concurrency :]
+    def draw(number: int, count: int) -> list[Any]:
+        # Each draw has a seed of its own: what is sent twice would be in the prefix cache.
+        samples: list[Any] = RandomDataset(random_seed=(seed + number) % 2**32).sample(
+            _NoTokenizer(settings.vocabulary),
+            count,
+            input_len=step.prompt_tokens,
+            output_len=step.output_tokens,
+        )
+        return samples
+
     at_once = asyncio.Semaphore(step.concurrency)
 
     async def one(session: aiohttp.ClientSession, sample: Any, bar: Any) -> Any:
@@ -147,15 +158,21 @@ async def _measure(
     connector = aiohttp.TCPConnector(limit=step.concurrency)
     timeout = aiohttp.ClientTimeout(total=settings.timeout)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        await asyncio.gather(*(one(session, sample, None) for sample in warm_up))
-        with tqdm(total=len(measured), desc=step.name, unit="request", disable=None) as bar:
+        await asyncio.gather(*(one(session, each, None) for each in draw(0, step.concurrency)))
+        sent: list[Any] = []
+        outputs: list[Any] = []
+        with tqdm(total=step.requests, desc=step.name, unit="request", disable=None) as bar:
             began = time.perf_counter()
-            outputs = await asyncio.gather(*(one(session, sample, bar) for sample in measured))
-            seconds = time.perf_counter() - began
+            seconds = 0.0
+            while not outputs or seconds < step.at_least:
+                batch = draw(len(sent) + 1, step.requests)
+                outputs += await asyncio.gather(*(one(session, each, bar) for each in batch))
+                sent += batch
+                seconds = time.perf_counter() - began
     if not any(output.success for output in outputs):
         return None, outputs, seconds
     # Without a tokenizer, which it would ask only where the server has not counted.
-    return calculate_metrics(measured, outputs, seconds, None, PERCENTILES, {})[0], outputs, seconds
+    return calculate_metrics(sent, outputs, seconds, None, PERCENTILES, {})[0], outputs, seconds
 
 
 def _reason(error: str, timeout: float) -> str:
@@ -175,6 +192,7 @@ def _result(step: Step, metrics: Any, outputs: list[Any], seconds: float, timeou
     """A step's result as plain data."""
     failures = Counter(_reason(o.error, timeout) for o in outputs if not o.success)
     return asdict(step) | {
+        "requests": len(outputs),
         "failed": failures.total(),
         "failures": dict(failures),
         "seconds": round(seconds, 3),
@@ -270,7 +288,9 @@ def measure(
     began, salt = time.time(), uuid.uuid4().hex
     results = []
     for number, step in enumerate(planned):
-        measured = asyncio.run(_measure(url, name, step, settings, settings.seed + number, salt))
+        measured = asyncio.run(
+            _measure(url, name, step, settings, (settings.seed << 16) + (number << 8), salt)
+        )
         metrics, outputs, seconds = measured
         if metrics is None:
             reason = _reason(outputs[0].error, settings.timeout)
@@ -307,7 +327,7 @@ def run(
         UserError: what cannot be measured or written, and why.
     """
     for name, values in asdict(settings).items():
-        least = {"seed": 0, "timeout": 0.001}.get(name, 1)
+        least = {"seed": 0, "soak": 0, "timeout": 0.001}.get(name, 1)
         if min(values if isinstance(values, tuple) else (values,)) < least:
             raise UserError(f"--{name.replace('_', '-')}: it must be at least {least}.")
     if not url.startswith(("http://", "https://")):

@@ -151,6 +151,8 @@ def step_name(step: dict[str, Any]) -> str:
     """For a person."""
     if step["sweep"] == "concurrency":
         return f"{step['concurrency']} at once"
+    if step["sweep"] == "soak":
+        return f"soak, {step['concurrency']} at once"
     return f"prompt of {step['prompt_tokens']:,}"
 
 

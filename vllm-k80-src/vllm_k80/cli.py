@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     for flag, default, help_ in (
         ("--prompt-tokens", 256, "of each prompt in the sweep of concurrency"),
         ("--output-tokens", 64, "to generate there"),
-        ("--requests", 16, "of each step, or 4 for each that runs at once if that is more"),
+        ("--requests", 32, "of each concurrency, and a quarter of each prompt length"),
         ("--seed", 0, "of the prompts, which are random"),
         ("--vocabulary", 32000, "prompts are made of token numbers below this"),
     ):
@@ -171,6 +171,13 @@ def _parser() -> argparse.ArgumentParser:
         bench.add_argument(flag, type=int, default=default, metavar="N", help=help_)
     bench.add_argument(
         "--timeout", type=float, default=600, metavar="S", help="for one request (%(default)g)"
+    )
+    bench.add_argument(
+        "--soak",
+        type=float,
+        default=0,
+        metavar="S",
+        help="go on with the largest concurrency for so long, after all else",
     )
     bench.add_argument("--server", default="", metavar="TEXT", help="what to record as the server")
     bench.add_argument("--card", default="", metavar="TEXT", help="what to record as its card")
