@@ -12,14 +12,20 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scenario import play
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ROOT / "playbooks" / "files"
 DIE = "GPU-11111111"
+TIMES = {"p50": 1.0, "p90": 1.0, "p99": 1.0}
+SOAK = {"sweep": "soak", "concurrency": 8, "requests": 9, "failed": 0, "tokens_per_second": 1.0}
 RESULT = {
-    "steps": [{"sweep": "soak", "requests": 9, "failed": 0}],
+    "steps": [SOAK | {"ttft_ms": TIMES, "tpot_ms": TIMES}],
     "samples": {
-        DIE: {"card": "Tesla K80", "rows": [{"celsius": 71.0, "throttled": ["power cap"]}]}
+        DIE: {
+            "card": "Tesla K80",
+            "rows": [{"s": 1, "celsius": 71.0, "sm_mhz": 875, "throttled": ["power cap"]}],
+        }
     },
 }
 
@@ -291,6 +297,99 @@ def test_a_die_that_its_container_has_lost_and_one_that_is_hot_have_failed(serve
     assert "89 degrees Celsius at most; slowed down by hardware thermal" in server.said("soak")
     failed = {name for name, result in server.checks().items() if result == "fail"}
     assert failed == {"systemctl daemon-reload while it serves", "soak of 5 s under load"}
+
+
+# ---- the playbooks, on this machine, with the same programs
+
+
+@pytest.fixture
+def playing(server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
+    """Runs a playbook for server1, which is this machine, and gateway1, which is nowhere."""
+    authorities = server.directory / ".gateway-ca"
+    authorities.mkdir()
+    (authorities / "ca.pem").write_text("a certificate")
+    (server.directory / "hosts.yml").write_text(
+        f"""
+k80:
+  vars:
+    ansible_python_interpreter: {sys.executable}
+  children:
+    k80_servers:
+      hosts:
+        server1: {{ansible_connection: local}}
+    k80_gateways:
+      hosts:
+        gateway1:
+          ansible_host: ai.example.org
+          gateway_tls_source: ca
+          gateway_api_keys: [{{name: anna, key: annas-secret}}, {{name: b, key: bs-secret}}]
+"""
+    )
+
+    def play_here(playbook: str, **variables: object) -> tuple[int, str]:
+        world = server.directory / "world.json"
+        world.write_text(json.dumps(server.world))
+        monkeypatch.setenv("WORLD", str(world))
+        monkeypatch.setenv("PATH", f"{server.directory}/bin:{os.environ['PATH']}")
+        return play(playbook, inventory=server.directory / "hosts.yml", **variables)
+
+    return play_here
+
+
+def test_benchmark_brings_instances_and_gateway(
+    server: Server, playing: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    brought = tmp_path / "brought"
+    code, said = playing(
+        "playbooks/benchmark.yml",
+        benchmark_directory=str(brought),
+        benchmark_gateway_key_of="b",
+        benchmark_flags="--requests 4",
+    )
+    assert code == 0, said
+    assert "== die0" in said
+    assert "MEASURED" in said
+    assert "changed=0" in said
+    found = {str(path.relative_to(brought)) for path in brought.rglob("*") if path.is_file()}
+    assert found == {
+        f"server1/{name}/{file}"
+        for name in ("die0", "gateway")
+        for file in ("result.json", "samples.csv")
+    }
+    through = server.asked("docker", "run", "--network", "host")
+    assert len(through) == 1
+    assert "--url https://ai.example.org:8080 " in through[0]
+    assert "/ca.pem:/ca.pem:ro --env SSL_CERT_FILE=/ca.pem" in through[0]
+    assert all("--requests 4" in line for line in server.asked("docker", "run"))
+    # Where the results were is gone, and keys were in no command line and are not printed.
+    volume = through[0].split("--volume ")[1].split(":")[0]
+    assert not Path(volume).exists()
+    assert "secret" not in said + (server.directory / "world.json.log").read_text()
+
+
+def test_benchmark_says_what_was_not_measured_in_a_sentence(
+    server: Server, playing: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    server.world["docker run bench"] = {"code": 1, "err": "vllm-k80: the key was refused."}
+    code, said = playing("playbooks/benchmark.yml", benchmark_directory=str(tmp_path / "brought"))
+    assert code != 0
+    assert "server1: die0: vllm-k80: the key was refused." in said
+
+
+def test_acceptance_brings_a_page(
+    server: Server, playing: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    brought = tmp_path / "brought"
+    settings = {"acceptance_directory": str(brought), "acceptance_soak": 7}
+    code, said = playing("playbooks/acceptance.yml", **settings)
+    assert code == 0, said
+    page = (brought / "index.html").read_text()
+    assert "0 fail, 0 not run." in page
+    assert "soak of 7 s under load" in page
+    server.world["docker run selftest"] = {"code": 1, "err": "computes wrongly"}
+    code, said = playing("playbooks/acceptance.yml", **settings)
+    assert code != 0
+    assert f"server1 die0 {DIE}: self-test: computes wrongly" in said
 
 
 # ---- the page
