@@ -286,6 +286,15 @@ def test_what_is_wrong_has_failed(
     assert words in server.said(check)
 
 
+def test_an_instance_that_is_not_idle_in_time_is_left_as_it_was(server: Server) -> None:
+    server.world["k80-instance drain"] = {"code": 1, "err": "it still has requests after 300 s"}
+    assert server.run("accept-here", "5").returncode == 0
+    assert server.checks()["self-test"] == "not run"
+    assert "it still has requests" in server.said("self-test")
+    assert server.asked("k80-instance", "undrain", "die0")
+    assert not server.asked("systemctl", "stop", "vllm-k80-die0.service")
+
+
 def test_a_die_that_its_container_has_lost_and_one_that_is_hot_have_failed(server: Server) -> None:
     lost = {"name": "container-die", "status": "fail", "detail": "die0 cannot open its die"}
     server.world["k80-doctor"]["out"] = json.dumps({"checks": [lost]})
@@ -376,20 +385,19 @@ def test_benchmark_says_what_was_not_measured_in_a_sentence(
     assert "server1: die0: vllm-k80: the key was refused." in said
 
 
-def test_acceptance_brings_a_page(
+def test_acceptance_brings_a_page_and_fails_with_what_has_failed(
     server: Server, playing: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
-    brought = tmp_path / "brought"
-    settings = {"acceptance_directory": str(brought), "acceptance_soak": 7}
-    code, said = playing("playbooks/acceptance.yml", **settings)
-    assert code == 0, said
-    page = (brought / "index.html").read_text()
-    assert "0 fail, 0 not run." in page
-    assert "soak of 7 s under load" in page
     server.world["docker run selftest"] = {"code": 1, "err": "computes wrongly"}
-    code, said = playing("playbooks/acceptance.yml", **settings)
+    brought = tmp_path / "brought"
+    code, said = playing(
+        "playbooks/acceptance.yml", acceptance_directory=str(brought), acceptance_soak=7
+    )
     assert code != 0
     assert f"server1 die0 {DIE}: self-test: computes wrongly" in said
+    page = (brought / "index.html").read_text()
+    assert "8 pass, 1 fail, 0 not run." in page
+    assert "soak of 7 s under load" in page
 
 
 # ---- the page

@@ -7,6 +7,7 @@ given a salt for each run, or a second run would find the first one's prompts co
 """
 
 import asyncio
+import errno
 import json
 import os
 import platform
@@ -216,7 +217,7 @@ def _result(step: Step, metrics: Any, outputs: list[Any], seconds: float, timeou
 
 
 def _model(url: str, wanted: str | None, settings: Settings, planned: list[Step]) -> str:
-    """The name of the model to ask for, after one request of each extreme shape has succeeded."""
+    """The name of the model to ask for, once a request of the largest shape has succeeded."""
     try:
         served = {model["id"]: model for model in probe.ask(f"{url}/v1/models", None, 30)["data"]}
     except (KeyError, TypeError):
@@ -335,7 +336,8 @@ def run(
     bench_report.samples(samples, 0, 0)  # what is wrong with them is said before it takes long
     try:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "result.json").touch()
+        if not os.access(output, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror}.") from None
     result = measure(url, model, settings, about, _predicted(*predict_of, settings))
