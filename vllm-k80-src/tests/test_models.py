@@ -384,13 +384,8 @@ def fill(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def narrow(model: nn.Module, embeddings: bool, head: bool) -> None:
-    """Replace the weights by what `k80-w4` stores of them.
-
-    Args:
-        embeddings, head: whether it narrows these; upstream gives those of some models none of the
-            quantization.
-    """
+def narrow(model: nn.Module) -> None:
+    """Replace the weights by what `k80-w4` stores of them."""
     vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())
     linear = [part for part in model.modules() if isinstance(part, nn.Linear | Conv1D)]
     done = set()  # a tied head's weight is there once
@@ -398,8 +393,6 @@ def narrow(model: nn.Module, embeddings: bool, head: bool) -> None:
         if id(part.weight) in done:
             continue
         done.add(id(part.weight))
-        if part in vocabulary and not (embeddings, head)[vocabulary.index(part)]:
-            continue
         transposed = isinstance(part, Conv1D)
         rows = part.weight.t().contiguous() if transposed else part.weight
         pack = k80.quantize_w8 if part in vocabulary else k80.quantize_w4
@@ -454,7 +447,9 @@ def results(
     for case, runs, vocabulary in engines.results(RUN, [jobs, PROMPTS, TOKENS]):
         name, storage = case
         if storage == "W4" and vocabulary:
-            narrow(models[name, storage], *vocabulary)
+            # Upstream gives those of Gemma, OPT, GPT-NeoX and Falcon no quantization.
+            assert vocabulary == [True, True], f"{name}: embeddings or head are not narrowed"
+            narrow(models[name, storage])
         found[name, storage] = models[name, storage], runs
     return found
 

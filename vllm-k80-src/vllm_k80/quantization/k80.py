@@ -13,9 +13,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from vllm_k80.ops.reference import GROUPS
@@ -244,6 +249,28 @@ class K80F16Config(K80Config):
 
     name = "k80-f16"
     narrowing = _to_f16, _to_f16
+
+
+@CustomOp.register_oot(name="VocabParallelEmbedding")
+class K80VocabParallelEmbedding(VocabParallelEmbedding):
+    """Token embeddings that ask the quantization also where their model does not hand it on.
+
+    Upstream's Gemma, OPT, GPT-NeoX, Falcon and others give their embeddings none, for checkpoints
+    that are quantized leave these as they were. Narrowed while loading, they can be as all others.
+    """
+
+    def __init__(
+        self, *args: Any, quant_config: QuantizationConfig | None = None, **named: Any
+    ) -> None:
+        configured = get_current_vllm_config().quant_config
+        if isinstance(configured, K80Config):
+            quant_config = configured
+        super().__init__(*args, quant_config=quant_config, **named)
+
+
+@CustomOp.register_oot(name="ParallelLMHead")
+class K80ParallelLMHead(K80VocabParallelEmbedding, ParallelLMHead):
+    """The same of a head."""
 
 
 def register() -> None:
