@@ -72,7 +72,7 @@ def healthy() -> dict[str, dict]:
         "systemctl": {},
         "k80-doctor": {"out": json.dumps(doctor)},
         "nvidia-smi": {"out": f"{DIE}, Tesla K80, 60, 875, 0x0000000000000000, 100.1, 97"},
-        "nvidia-smi driver_version": {"out": "Tesla K80, 470.256.02"},
+        "nvidia-smi driver_version": {"out": "470.256.02"},
         "docker ps": {"out": "0123456789ab"},
         "docker container inspect vllm-k80-die0": container(),
         "docker exec info": info("3.7"),
@@ -152,7 +152,7 @@ def test_an_instance_is_measured_in_its_network_with_its_key_and_without_its_die
         "--env NVIDIA_VISIBLE_DEVICES=void",
         "vllm-k80:tag bench --url http://127.0.0.1:8000",
         "--predict /models/m/m.gguf",
-        "--card 1 x Tesla K80, 470.256.02",
+        "--card 1 x Tesla K80, driver 470.256.02",
         "--samples /bench/samples.csv --requests 4",
     ):
         assert words in line
@@ -169,7 +169,7 @@ def test_an_instance_is_measured_in_its_network_with_its_key_and_without_its_die
     [
         (("--dtype", "float16"), DIE, "--predict /models/m/m.gguf --dtype half"),
         (("--quantization", "k80-w8"), DIE, "--predict /models/m/m.gguf --weights int8"),
-        (("--dtype", "bfloat16"), DIE, "--predict /models/m/m.gguf --card"),
+        (("--dtype", "bfloat16"), DIE, "--predict /models/m/m.gguf --output"),
         ((), f"{DIE},GPU-2", None),
     ],
 )
@@ -182,9 +182,15 @@ def test_what_is_predicted_is_what_is_served(
     if predicted is None:
         assert "--predict" not in line
     else:
-        _, _, tail = line.partition(predicted)
-        assert tail, line
-        assert "--card" in predicted + tail
+        assert predicted in line
+
+
+def test_what_computes_on_the_cpu_is_no_card_whatever_nvidia_smi_lists(server: Server) -> None:
+    server.world["docker exec info"] = info()
+    assert server.run("bench-here", "instances").returncode == 0
+    (line,) = server.asked("docker", "run")
+    assert "--card none: CUDA finds no device, operators run on the CPU" in line
+    assert "Tesla" not in line
 
 
 def test_a_gateway_is_asked_from_here_with_a_key_that_nobody_sees(server: Server) -> None:

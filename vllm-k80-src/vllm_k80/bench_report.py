@@ -176,12 +176,11 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
 def facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     """What was measured, on what and when."""
     settings, about = result["settings"], result["about"]
-    cards = sorted({die["card"] for die in result["samples"].values()})
     return [
         ("model", result["model"]),
         ("address", result["url"]),
         ("server", about.get("server") or "not said"),
-        ("card", about.get("card") or (" and ".join(cards)) or "not said"),
+        ("card", about.get("card") or "not said"),
         ("measured from", result["client"]),
         ("when", result["began"]),
         ("with", ", ".join(f"{name} {version}" for name, version in result["versions"].items())),
@@ -276,7 +275,7 @@ def page(result: dict[str, Any]) -> str:
                 dashed=dashed,
             ),
             f'<p class="soft">{html.escape(note)}</p>',
-            "<h2>Temperature and clocks</h2>",
+            "<h2>Temperature and clocks, as nvidia-smi has them</h2>",
             *sample_plots(result["samples"]),
         ],
     )
