@@ -17,7 +17,6 @@ class Ticket(BaseModel):
     component: Literal["cooling", "power", "network", "software"]
     server: int = Field(ge=1, le=99)
     urgent: bool
-    summary: str = Field(max_length=60)
 
 
 client = OpenAI()  # takes OPENAI_BASE_URL and OPENAI_API_KEY
@@ -31,7 +30,7 @@ completion = client.chat.completions.create(
         "type": "json_schema",
         "json_schema": {"name": "ticket", "schema": Ticket.model_json_schema()},
     },
-    max_tokens=128,
+    max_tokens=64,
     temperature=0,
 )
 ticket = Ticket.model_validate_json(completion.choices[0].message.content or "")

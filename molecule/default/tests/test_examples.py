@@ -29,7 +29,7 @@ def environment(gateway_url: str, gateway_key: str) -> dict[str, str]:
 def run(environment: dict[str, str]) -> Run:
     def run(*command: str) -> str:
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -65,12 +65,11 @@ def test_a_stream_comes_piece_by_piece(environment: dict[str, str]) -> None:
 
 def test_structured_output_keeps_to_the_schema(run: Run) -> None:
     ticket = json.loads(run(sys.executable, "examples/structured.py"))
-    assert list(ticket) == ["component", "server", "urgent", "summary"]
+    assert list(ticket) == ["component", "server", "urgent"]
     assert ticket["component"] in ("cooling", "power", "network", "software")
     assert type(ticket["server"]) is int
     assert 1 <= ticket["server"] <= 99
     assert type(ticket["urgent"]) is bool
-    assert len(ticket["summary"]) <= 60
 
 
 def test_retrieval_finds_the_passage_and_answers_from_it(run: Run) -> None:
