@@ -118,9 +118,10 @@ venv: .venv/stamp ## Install Ansible and the test tools into .venv
 	@tools/venv
 
 .PHONY: docs
-docs: venv ## Renew docs/troubleshooting.md from the doctor's checks, and docs/monitoring.md from the alerts
+docs: venv ## Renew what documentation has of the doctor's checks, the alerts and the roles' variables
 	@python3 roles/doctor/files/k80-doctor --markdown > docs/troubleshooting.md
 	@tools/alerts-table
+	@tools/role-readmes
 
 .PHONY: lock
 lock: venv ## Renew requirements.lock from requirements.in

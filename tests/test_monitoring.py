@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from documentation import anchors
 
 ROOT = Path(__file__).resolve().parent.parent
 ROLE = ROOT / "roles/monitoring"
@@ -65,14 +66,6 @@ def test_each_alert_comes_when_it_should_and_not_before() -> None:
 def test_no_alert_is_without_an_example() -> None:
     shown = set(re.findall(r'alertname[=:] ?"?(\w+)', EXAMPLES.read_text()))
     assert shown == {rule["alert"] for rule in rules()}
-
-
-def anchors(page: Path) -> set[str]:
-    """What can be linked to: headings, as GitHub names them, and the page's own anchors."""
-    text = page.read_text()
-    headings = re.findall(r"^#+ (.+)$", text, re.M)
-    slugs = {re.sub(r"[^\w\- ]", "", head).strip().lower().replace(" ", "-") for head in headings}
-    return slugs | set(re.findall(r'<a id="([^"]+)">', text))
 
 
 @pytest.mark.parametrize("rule", rules(), ids=lambda rule: f"{rule['alert']} {rule['labels']}")

@@ -133,24 +133,80 @@ def test_words_of_a_unit_are_quoted(filters: ModuleType, word: str, quoted: str)
     assert filters.systemd_quote(word) == quoted
 
 
+def firewall(path: Path, gateways: list[str]) -> Path:
+    """The table for these gateways, and instances on two ports."""
+    template = jinja2.Template(
+        (ROLE / "templates" / "firewall.nft.j2").read_text(), trim_blocks=True
+    )
+    file = path / "firewall.nft"
+    file.write_text(
+        template.render(
+            ansible_managed="test",
+            vllm_instance_gateway_addresses=gateways,
+            vllm_instance_resolved=[{"port": 8001}, {"port": 8002}],
+        )
+    )
+    return file
+
+
 @pytest.mark.parametrize("gateways", [[], ["192.0.2.1"], ["192.0.2.1", "192.0.2.2"]])
 def test_nft_accepts_the_firewall(tmp_path: Path, gateways: list[str]) -> None:
     nft = shutil.which("nft", path="/usr/sbin:/usr/bin:/sbin")
     if nft is None:
         pytest.fail("nft is not installed: apt install nftables")
-    text = jinja2.Template(
-        (ROLE / "templates" / "firewall.nft.j2").read_text(), trim_blocks=True
-    ).render(
-        ansible_managed="test",
-        vllm_instance_gateway_addresses=gateways,
-        vllm_instance_resolved=[{"port": 8001}, {"port": 8002}],
+    done = subprocess.run(
+        [nft, "--check", "--file", firewall(tmp_path, gateways)], capture_output=True, text=True
     )
-    assert text.count("accept;") == 1
-    assert all(address in text for address in gateways)
-    file = tmp_path / "firewall.nft"
-    file.write_text(text)
-    done = subprocess.run([nft, "--check", "--file", file], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# A server and another host, each a network namespace. The host has two addresses.
+TWO_HOSTS = r"""
+set -e
+exec 3>&1 >/dev/null  # else what is left behind would keep the test waiting
+unshare --net sleep 20 & other=$!
+children=$other
+trap 'kill $children' EXIT
+while [ "$(readlink /proc/$other/ns/net)" = "$(readlink /proc/$$/ns/net)" ]; do sleep 0.05; done
+ip link set lo up
+ip link add here type veth peer name there netns $other
+ip address add 192.0.2.10/24 dev here
+ip link set here up
+there() { nsenter --target $other --net "$@"; }
+there ip address add 192.0.2.1/24 dev there
+there ip address add 192.0.2.9/24 dev there
+there ip link set there up
+for port in 8001 8002 8080; do
+    timeout 20 socat TCP-LISTEN:$port,fork,reuseaddr SYSTEM:'echo in' &
+    children="$children $!"
+done
+while [ "$(grep -c ' 0A ' /proc/net/tcp)" != 3 ]; do sleep 0.05; done
+nft --file "$1"
+ask() { # FROM PORT
+    met=$("$3" socat -u TCP:192.0.2.10:$2,bind=$1,connect-timeout=0.5 - 2>&- || echo out)
+    echo "$1 $2 $met" >&3
+}
+for port in 8001 8002 8080; do
+    ask 192.0.2.10 $port command
+    ask 192.0.2.1 $port there
+    ask 192.0.2.9 $port there
+done
+"""
+
+
+def test_the_firewall_lets_the_gateways_in_and_nobody_else(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["unshare", "--net", "sh", "-c", TWO_HOSTS, "sh", firewall(tmp_path, ["192.0.2.1"])],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    met = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
+    assert len(met) == 9
+    assert {who for who, what in met.items() if what == "out"} == {
+        "192.0.2.9 8001",
+        "192.0.2.9 8002",
+    }
 
 
 @pytest.fixture

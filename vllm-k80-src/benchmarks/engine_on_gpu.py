@@ -6,13 +6,17 @@ Needs vLLM 0.10.1.1, torch with CUDA and `vllm_k80/kernels/vllm_k80.fatbin` (csr
     python benchmarks/engine_on_gpu.py shape {7b,13b} [RESULT.json]
     python benchmarks/engine_on_gpu.py smollm2 GGUF CPU.json [RESULT.json]
     python benchmarks/engine_on_gpu.py memory {7b,13b} {k80-w4,k80-w8,k80-f16} [RESULT.json]
+    python tests/test_formats_engine.py DIRECTORY         # where transformers can dequantize
+    python benchmarks/engine_on_gpu.py formats DIRECTORY [RESULT.json]
+    torchrun --nproc-per-node 2 benchmarks/engine_on_gpu.py {shape …,formats …}     # over two GPUs
 
 `shape` runs a model of Llama 2's shape with random INT4 weights in our layout, made on the device:
 there is no checkpoint, and its tokens mean nothing. `smollm2` runs a real model, with and without
 CUDA graphs, and compares its tokens with those of the CPU. `memory` compares what torch's allocator
-has given out with what `vllm-k80 plan` says. Results are added to RESULT.json. Exit status 1 if
-tokens or log-probabilities differ, or memory by more than 3 %. Times are those of this GPU, not of
-a K80.
+has given out with what `vllm-k80 plan` says. `formats` runs a tiny checkpoint of each format, the
+second time from the cache of weights, and compares its tokens with those of its dequantized twin.
+Results are added to RESULT.json. Exit status 1 if tokens or log-probabilities differ, or memory by
+more than 3 %. Times are those of this GPU, not of a K80.
 """
 
 import ctypes
@@ -41,6 +45,12 @@ CONTEXT, NEW_TOKENS, GROUP = 2048, 64, 128
 VOCABULARY = 32000
 BATCHES = (1, 8, 16)
 PROFILED = 5  # steps
+# By torchrun, each of which has an engine and drives its own GPU.
+GPUS = int(os.environ.get("WORLD_SIZE", "1"))
+TOGETHER = {
+    "tensor_parallel_size": GPUS,
+    "distributed_executor_backend": "external_launcher" if GPUS > 1 else None,
+}
 
 
 def wait_without_spinning() -> None:
@@ -232,12 +242,16 @@ def shape(name: str) -> tuple[dict[str, Any], bool]:
             max_num_batched_tokens=CONTEXT,
             gpu_memory_utilization=0.7,
             enable_prefix_caching=False,
+            seed=0,
+            **TOGETHER,
         )
     runner = model_runner(llm)
     result: dict[str, Any] = {
         "layers": config["num_hidden_layers"],
         "hidden": config["hidden_size"],
         "group": GROUP,
+        "gpus": GPUS,
+        "cudagraph_mode": str(runner.compilation_config.cudagraph_mode),
     }
     tokens = {}
     serve(llm, 1)  # warms up
@@ -250,6 +264,57 @@ def shape(name: str) -> tuple[dict[str, Any], bool]:
         tokens[mode] = [generated for _, generated in served]
     result["same_tokens"] = tokens["graphs"] == tokens["eager"]
     return result, result["same_tokens"]
+
+
+def formats(directory: Path) -> tuple[dict[str, Any], bool]:
+    """Of each checkpoint whether its tokens are right, at the first start and from the cache."""
+    import torch
+    from vllm import LLM, SamplingParams
+
+    from vllm_k80.worker import K80Worker
+
+    load, held = K80Worker.load_model, []
+
+    def load_and_hold(worker: Any) -> None:
+        # vLLM takes an engine for which no memory had to be asked of the driver for one whose
+        # memory others have changed; torch keeps what the engine before had.
+        held.append(torch.empty(64 << 20, dtype=torch.uint8, device=worker.device))
+        load(worker)
+
+    K80Worker.load_model = load_and_hold
+    jobs, expected, prompt = json.loads((directory / "jobs.json").read_text())
+    result: dict[str, Any] = {"gpus": GPUS}
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["VLLM_K80_CACHE"] = cache
+        for name, options in jobs.items():
+            options = {key: value.format(directory) for key, value in options.items()}
+            right = []
+            for _ in range(2):
+                llm = LLM(
+                    skip_tokenizer_init=True,
+                    dtype="float32",  # as a K80 makes it of these; this card would take FP16
+                    max_model_len=64,
+                    max_num_seqs=2,
+                    max_num_batched_tokens=2048,
+                    gpu_memory_utilization=0.2,
+                    enforce_eager=True,  # torch 2.11 does not survive a second engine's graphs
+                    seed=0,
+                    **options,
+                    **TOGETHER,
+                )
+                sampling = SamplingParams(
+                    temperature=0, max_tokens=len(expected[name]), ignore_eos=True
+                )
+                [output] = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+                right.append(list(output.outputs[0].token_ids) == expected[name])
+                del llm
+                gc.collect()
+                torch.cuda.empty_cache()
+            result[name] = right
+        entries = len(list(Path(cache).glob("weights/*.safetensors")))
+    result["cached"] = entries
+    good = all(all(right) for right in result.values() if isinstance(right, list))
+    return result, good and entries == len(jobs)
 
 
 def memory(name: str, quantization: str) -> tuple[dict[str, Any], bool]:
@@ -390,9 +455,12 @@ def smollm2(gguf: str, cpu: str) -> tuple[dict[str, Any], bool]:
 
 def main() -> int:
     """Run one part, print its result and add it to the file."""
+    apart = f"_{GPUS}_gpus" if GPUS > 1 else ""
     match sys.argv[1:]:
         case ["shape", ("7b" | "13b") as name, *file]:
-            part, (result, good) = f"llama2_{name}_shape_random_int4", shape(name)
+            part, (result, good) = f"llama2_{name}_shape_random_int4{apart}", shape(name)
+        case ["formats", directory, *file]:
+            part, (result, good) = f"formats{apart}", formats(Path(directory))
         case ["memory", ("7b" | "13b") as name, ("k80-w4" | "k80-w8" | "k80-f16") as bits, *file]:
             part, (result, good) = f"llama2_{name}_shape_{bits}_memory", memory(name, bits)
         case ["smollm2", gguf, cpu, *file]:
@@ -420,6 +488,8 @@ def main() -> int:
         "note": "compute_37 PTX, translated by this driver, on this host; not measured on a K80",
         part: result,
     }
+    if os.environ.get("RANK", "0") != "0":
+        return 0 if good else 1
     print(json.dumps({part: result}, indent=1))
     if path:
         path.write_text(json.dumps(results, indent=1) + "\n")

@@ -162,6 +162,14 @@ def test_wrong_key(server: Server, key: str | None) -> None:
         assert server.call(path, key=key).status_code == 401
 
 
+@pytest.mark.parametrize("path", ["/invocations", "/tokenize"])
+def test_nothing_is_computed_without_a_key(server: Server, path: str) -> None:
+    """vLLM's own check looks at /v1 only."""
+    payload = {"model": MODEL, "prompt": PROMPT, "max_tokens": 1}
+    assert server.call(path, payload, key=None).status_code == 401
+    assert server.call(path, payload).status_code == 200
+
+
 def test_models(server: Server) -> None:
     (model,) = server.call("/v1/models").json()["data"]
     assert (model["id"], model["max_model_len"]) == (MODEL, CONTEXT)

@@ -1,9 +1,14 @@
 """Tiny checkpoints of each format, through the whole engine: the tokens of their dequantized twin.
 
+    python tests/test_formats_engine.py DIRECTORY
+
+writes those of two dies, with the tokens that are expected, for benchmarks/engine_on_gpu.py.
+
 All engines run one after the other in one process: importing vLLM takes longer than a tiny model.
 """
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +55,7 @@ CONFIG: dict[str, Any] = {
     "torch_dtype": "float32",
 }
 # As many columns in a layer's part on one of two dies as FORMATS' groups have.
-OF_TWO_DIES = CONFIG | {"hidden_size": 256, "intermediate_size": 512}
+OF_TWO_DIES = CONFIG | {"hidden_size": 256}
 
 # A linear layer's weight [N, K] to the tensors that a checkpoint has in its place, and to what
 # these stand for.
@@ -436,12 +441,17 @@ def test_f16_is_stored_as_fp16(results: dict[str, Any]) -> None:
     assert dtypes == {"torch.float16"}
 
 
+def _write_for_two_dies(root: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    torch.manual_seed(37)
+    jobs, expected = _write(root, OF_TWO_DIES, 512)
+    del jobs["gptq 4 bits"]  # whose columns are reordered: refused for two dies
+    return jobs, expected
+
+
 def test_two_dies_give_the_same_tokens_and_again_from_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.manual_seed(37)
-    jobs, expected = _write(tmp_path, OF_TWO_DIES, 512)
-    del jobs["gptq 4 bits"]  # whose columns are reordered: refused for two dies
+    jobs, expected = _write_for_two_dies(tmp_path)
     monkeypatch.setenv("VLLM_K80_CACHE", str(tmp_path / "cache"))
     for entries in (0, 2 * len(jobs)):
         assert len(list(tmp_path.glob("cache/weights/*.safetensors"))) == entries
@@ -470,3 +480,15 @@ def test_what_is_planned_is_what_is_allocated(name: str, results: dict[str, Any]
         )
     else:
         assert refusal is None
+
+
+if __name__ == "__main__":
+    there = Path(sys.argv[1])
+    there.mkdir(parents=True)
+    jobs, expected = _write_for_two_dies(there)
+    # The directory may be elsewhere when they are read.
+    moved = {
+        name: {key: value.replace(str(there), "{}") for key, value in options.items()}
+        for name, options in jobs.items()
+    }
+    (there / "jobs.json").write_text(json.dumps([moved, expected, PROMPT]))

@@ -16,7 +16,9 @@ from vllm_k80.ops import driver
 from vllm_k80.worker import K80Worker
 
 
-def config(enforce_eager: bool = False, dies: int = 1, max_num_seqs: int = 20) -> Any:
+def config(
+    enforce_eager: bool = False, dies: int = 1, stages: int = 1, max_num_seqs: int = 20
+) -> Any:
     return SimpleNamespace(
         model_config=SimpleNamespace(
             enforce_eager=enforce_eager,
@@ -26,7 +28,7 @@ def config(enforce_eager: bool = False, dies: int = 1, max_num_seqs: int = 20) -
         ),
         cache_config=SimpleNamespace(block_size=None),
         compilation_config=CompilationConfig(),
-        parallel_config=ParallelConfig(tensor_parallel_size=dies),
+        parallel_config=ParallelConfig(tensor_parallel_size=dies, pipeline_parallel_size=stages),
         scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
     )
 
@@ -45,10 +47,13 @@ def test_sizes(largest: int, expected: list[int]) -> None:
     assert graphs.sizes(largest) == expected
 
 
-def test_a_gpu_captures_decode_batches(monkeypatch: pytest.MonkeyPatch, warnings: Any) -> None:
+@pytest.mark.parametrize("dies", [1, 2])
+def test_a_gpu_captures_decode_batches(
+    dies: int, monkeypatch: pytest.MonkeyPatch, warnings: Any
+) -> None:
     monkeypatch.setattr(platform, "HAS_GPU", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (3, 7))
-    asked = config()
+    asked = config(dies=dies)
     platform.K80Platform.check_and_update_config(asked)
     compilation = asked.compilation_config
     assert compilation.cudagraph_mode == CUDAGraphMode.FULL_DECODE_ONLY
@@ -67,7 +72,11 @@ def test_a_gpu_captures_decode_batches(monkeypatch: pytest.MonkeyPatch, warnings
     [
         (False, {}, None),
         (True, {"enforce_eager": True}, None),
-        (True, {"dies": 2}, "they are not used on several dies"),
+        (
+            True,
+            {"stages": 2},
+            "they are not used where dies have other layers each (pipeline)",
+        ),
     ],
 )
 def test_eager(has_gpu: bool, options: Any, said: str | None, warnings: Any) -> None:
@@ -102,10 +111,39 @@ def test_a_worker_probes_its_die(
 
 
 def test_the_probe_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "get_tp_group", lambda: SimpleNamespace(world_size=1))
     monkeypatch.setattr(driver, "available", lambda: False)
     assert graphs.probe(torch.device("cpu")) == "this installation has no compiled kernels"
     monkeypatch.setattr(driver, "available", lambda: True)
     assert str(graphs.probe(torch.device("cpu"))).startswith("the probe failed (")
+
+
+@pytest.mark.parametrize(
+    ("reasons", "said", "sums"),
+    [
+        ([None, None], None, 1),
+        ([None, "a reason"], "a reason", 0),
+        (["a reason"] * 2, "a reason", 0),
+    ],
+)
+def test_dies_that_share_a_model_agree(
+    reasons: list[str | None], said: str | None, sums: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that captured what another runs eagerly would wait for it for ever."""
+    told, summed = [], []
+
+    def gather(into: list[Any], mine: str | None, group: str) -> None:
+        told.append((mine, group))
+        into[:] = reasons
+
+    group = SimpleNamespace(world_size=2, cpu_group="of the host")
+    monkeypatch.setattr(graphs, "get_tp_group", lambda: group)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(graphs, "_probe_step", lambda device: reasons[0])
+    monkeypatch.setattr(graphs, "_probe_sum", lambda device: summed.append(device))
+    assert graphs.probe(torch.device("cpu")) == said
+    assert len(summed) == sums
+    assert told == [(reasons[0], "of the host")] + [(None, "of the host")] * sums
 
 
 def test_the_step_of_the_probe_depends_on_what_changes() -> None:

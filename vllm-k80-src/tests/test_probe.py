@@ -259,6 +259,33 @@ def test_without_a_second_key_none_opens(monkeypatch) -> None:
     assert seen == [(b"authorization", b"Bearer ")]
 
 
+@pytest.mark.parametrize(
+    ("method", "key", "status"),
+    [
+        ("POST", "first", 200),
+        ("POST", "other", 401),
+        ("POST", None, 401),
+        ("DELETE", None, 401),
+        ("GET", None, 200),
+        ("OPTIONS", None, 200),
+    ],
+)
+def test_what_is_asked_for_needs_the_key_on_every_path(monkeypatch, method, key, status) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "first")
+    sent: list[dict[str, Any]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200})
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+    scope = {"type": "http", "method": method, "path": "/invocations", "headers": headers}
+    asyncio.run(keys.NoWayAroundMiddleware(app)(scope, None, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == status
+
+
 def test_other_paths_pass_through() -> None:
     seen: list[str] = []
 

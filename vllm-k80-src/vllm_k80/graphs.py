@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import CUDAGraphMode
+from vllm.distributed import get_tp_group, tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
 
 from vllm_k80.ops import driver, k80
@@ -30,8 +31,8 @@ def configure(vllm_config: Any, has_gpu: bool) -> None:
     if not has_gpu or model is None or model.enforce_eager:
         turn_off(vllm_config)
         return
-    if parallel.world_size > 1:
-        turn_off(vllm_config, "they are not used on several dies")
+    if parallel.pipeline_parallel_size > 1:
+        turn_off(vllm_config, "they are not used where dies have other layers each (pipeline)")
         return
     compilation = vllm_config.compilation_config
     compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
@@ -54,8 +55,26 @@ def turn_off(vllm_config: Any, reason: str | None = None) -> None:
 def probe(device: torch.device) -> str | None:
     """Why this device must not use graphs, or None.
 
-    A small decode step is captured, replayed on other data, and compared to the last bit.
+    A small decode step is captured, replayed on other data, and compared to the last bit. The dies
+    that share a model all call it, and all get an answer if one must not.
     """
+    reason = _all(_probe_step(device))
+    if reason is None and get_tp_group().world_size > 1:
+        reason = _all(_probe_sum(device))
+    return reason
+
+
+def _all(reason: str | None) -> str | None:
+    """The first of all dies' reasons. One that went on alone would wait for the others for ever."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return reason
+    reasons: list[str | None] = [None] * group.world_size
+    torch.distributed.all_gather_object(reasons, reason, group=group.cpu_group)
+    return next(filter(None, reasons), None)
+
+
+def _probe_step(device: torch.device) -> str | None:
     if not driver.available():
         return "this installation has no compiled kernels"
     try:
@@ -71,6 +90,25 @@ def probe(device: torch.device) -> str | None:
             return "a replayed graph did not compute what its operators do"
     except Exception as error:  # whatever this driver answers
         return f"the probe failed ({error})"
+    return None
+
+
+def _probe_sum(device: torch.device) -> str | None:
+    """The same of the sum over the dies, which ends attention and feed-forward layer."""
+    try:
+        x = torch.arange(256, device=device, dtype=torch.float32) + get_tp_group().rank_in_group
+        tensor_model_parallel_all_reduce(x)  # connects, which must not be captured
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replayed = tensor_model_parallel_all_reduce(x)
+        x.mul_(3)
+        expected = tensor_model_parallel_all_reduce(x)
+        graph.replay()
+        if not torch.equal(replayed, expected):
+            return "a replayed sum over the dies was not that of their numbers"
+    except Exception as error:
+        return f"the probe of a sum over the dies failed ({error})"
     return None
 
 

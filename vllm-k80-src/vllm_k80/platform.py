@@ -100,7 +100,8 @@ class K80Platform(Platform):
     @classmethod
     def get_device_communicator_cls(cls) -> str:
         if HAS_GPU:
-            return str(super().get_device_communicator_cls())
+            # The only one whose sums CUDA graphs may contain.
+            return "vllm.distributed.device_communicators.cuda_communicator.CudaCommunicator"
         return "vllm_k80.communicator.GlooCommunicator"
 
     @classmethod

@@ -13,7 +13,9 @@ from vllm_k80.errors import UserError
 from vllm_k80.memory import Limits
 from vllm_k80.quantization import methods
 
+# From the inside outwards.
 MIDDLEWARE = (
+    "vllm_k80.keys.NoWayAroundMiddleware",
     "vllm_k80.keys.SecondKeyMiddleware",
     "vllm_k80.readiness.ReadinessMiddleware",
     "vllm_k80.streams.FirstTokenMiddleware",
