@@ -488,6 +488,27 @@ def test_body_that_is_not_json(server: Server) -> None:
     assert "JSON" in response.text
 
 
+def test_bench_measures_it(server: Server, smollm2: Path, tmp_path: Path) -> None:
+    flags = ["--concurrency", "2", "--requests", "2", "--prompt-lengths", "16"]
+    flags += ["--prompt-tokens", "8", "--output-tokens", "4", "--predict", str(smollm2)]
+    flags += ["--output", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_k80.cli", "bench", "--url", server.url, *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=server.environment,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    two, length = result["steps"]
+    assert (two["failed"], length["failed"]) == (0, 0)
+    assert two["tokens_per_second"] == pytest.approx(2 * 4 / two["seconds"], rel=0.01)
+    # 135M parameters: what is predicted for a K80 is beside it, and apart from it.
+    assert result["predicted"]["decode"][0]["tokens_per_second"] > 0
+    assert "predicted for one K80 die" in (tmp_path / "report.html").read_text()
+
+
 def test_still_ready_for_work(server: Server) -> None:
     """Last in this file: none of all that has hurt the engine."""
     assert server.probe().returncode == 0

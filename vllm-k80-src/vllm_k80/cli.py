@@ -1,6 +1,8 @@
 """The command ``vllm-k80``."""
 
 import argparse
+import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -125,6 +127,77 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--json", action="store_true", help="for programs")
 
+    bench = commands.add_parser(
+        "bench",
+        help="measure how fast a server answers, or compare two measurements",
+        description="Measure tokens a second and the time to the first token of a server that "
+        "runs, by vLLM's own benchmark, and write JSON, CSV and a page. The server's key is taken "
+        "from VLLM_API_KEY.",
+    )
+    bench.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("A", "B"),
+        help="say what changed from result A to B, and measure nothing",
+    )
+    bench.add_argument("--url", default="http://127.0.0.1:8000", help="default: %(default)s")
+    bench.add_argument("--model", metavar="NAME", help="where several are served")
+    bench.add_argument(
+        "--output", type=Path, default=Path("bench"), metavar="DIR", help="%(default)s"
+    )
+    bench.add_argument(
+        "--concurrency",
+        type=_numbers,
+        default="1,2,4,8",
+        metavar="N,N",
+        help="requests at once (%(default)s)",
+    )
+    bench.add_argument(
+        "--prompt-lengths",
+        type=_numbers,
+        default="128,512,1024",
+        metavar="N,N",
+        help="of single requests, for the time to the first token (%(default)s)",
+    )
+    for flag, default, help_ in (
+        ("--prompt-tokens", 256, "of each prompt in the sweep of concurrency"),
+        ("--output-tokens", 64, "to generate there"),
+        ("--requests", 32, "of each concurrency, and a quarter of each prompt length"),
+        ("--seed", 0, "of the prompts, which are random"),
+        ("--vocabulary", 32000, "prompts are made of token numbers below this"),
+    ):
+        help_ = f"{help_} (%(default)s)"
+        bench.add_argument(flag, type=int, default=default, metavar="N", help=help_)
+    bench.add_argument(
+        "--timeout", type=float, default=600, metavar="S", help="for one request (%(default)g)"
+    )
+    bench.add_argument(
+        "--soak",
+        type=float,
+        default=0,
+        metavar="S",
+        help="go on with the largest concurrency for so long, after all else",
+    )
+    bench.add_argument("--server", default="", metavar="TEXT", help="what to record as the server")
+    bench.add_argument("--card", default="", metavar="TEXT", help="what to record as its card")
+    bench.add_argument(
+        "--samples",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="temperature and clocks of a die, as playbooks/benchmark.yml samples them",
+    )
+    bench.add_argument(
+        "--predict",
+        metavar="MODEL",
+        help="show what is predicted beside what is measured: a GGUF file or a directory, with "
+        "--dtype and --weights as of `vllm-k80 predict`",
+    )
+    bench.add_argument("--dtype", choices=("auto", "half", "float"), default="auto")
+    bench.add_argument("--weights", choices=("int4", "int8", "fp16", "fp32"))
+
     commands.add_parser("selftest", help="run a tiny known model on this die and compare")
     info = commands.add_parser("info", help="what this installation consists of and runs on")
     info.add_argument("--json", action="store_true", help="for programs")
@@ -132,6 +205,35 @@ def _parser() -> argparse.ArgumentParser:
         "support", help="which architectures and quantizations are served, and what to use instead"
     )
     return parser
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Numbers with commas between them, for argparse."""
+    try:
+        return tuple(dict.fromkeys(int(number) for number in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers with commas between them") from None
+
+
+def _bench(arguments: argparse.Namespace) -> str:
+    if arguments.compare:
+        from vllm_k80 import bench_compare
+
+        return bench_compare.run(*arguments.compare)
+    # What vLLM says of itself while it is imported is of no use here.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_k80 import bench
+
+    names = [field.name for field in dataclasses.fields(bench.Settings)]
+    return bench.run(
+        arguments.url.rstrip("/"),
+        arguments.model,
+        bench.Settings(**{name: getattr(arguments, name) for name in names}),
+        about={"server": arguments.server, "card": arguments.card},
+        predict_of=(arguments.predict, arguments.dtype, arguments.weights),
+        samples=arguments.samples,
+        output=arguments.output,
+    )
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -194,6 +296,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(predict.run(arguments.model, *given, as_json=arguments.json))
             case "plan":
                 return _plan(arguments)
+            case "bench":
+                print(_bench(arguments))
             case "selftest":
                 from vllm_k80 import selftest
 

@@ -6,7 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The version of an installed package, or that it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -31,7 +32,7 @@ def collect() -> dict[str, Any]:
     ]
     return {
         "versions": {
-            name: _version(name)
+            name: version_of(name)
             for name in ("vllm-k80", "vllm", "torch", "transformers", "xformers", "xgrammar")
         },
         "kernels": str(driver.FAT_BINARY) if driver.available() else None,

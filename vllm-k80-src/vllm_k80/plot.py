@@ -85,7 +85,7 @@ def line_plot(
     legend, x, top = [], float(_LEFT), float(_TITLE)
     for number, name in enumerate(series):
         text = name if runs[name] else f"{name} (no data)"
-        wide = 30 + _CHARACTER * len(text)
+        wide = 38 + _CHARACTER * len(text)
         if x > _LEFT and x + wide > width - _RIGHT:
             x, top = float(_LEFT), top + _LEGEND_LINE
         legend.append((number, name, text, x, top + 10))

@@ -263,6 +263,20 @@ def text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def known(model: str, dtype: str, weights: str | None) -> Model:
+    """What a GGUF file or a checkpoint directory holds.
+
+    Raises:
+        UserError: it cannot be read, or --weights was given for a file.
+    """
+    path = Path(model)
+    if path.suffix != ".gguf":
+        return of_directory(path, dtype, weights)
+    if weights is not None:
+        raise UserError("--weights is for checkpoint directories; a GGUF file has its own.")
+    return of_gguf(path, dtype)
+
+
 def run(
     model: str, context: int, batch: int | None, dtype: str, weights: str | None, *, as_json: bool
 ) -> str:
@@ -274,12 +288,5 @@ def run(
     for name, value in (("context", context), ("batch", batch)):
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: it must be at least 1.")
-    path = Path(model)
-    if path.suffix == ".gguf":
-        if weights is not None:
-            raise UserError("--weights is for checkpoint directories; a GGUF file has its own.")
-        known = of_gguf(path, dtype)
-    else:
-        known = of_directory(path, dtype, weights)
-    result = judge(known, context, BATCHES if batch is None else (batch,))
+    result = judge(known(model, dtype, weights), context, BATCHES if batch is None else (batch,))
     return json.dumps(result, indent=2) if as_json else text(result)

@@ -27,7 +27,12 @@ class NotUpError(ProbeError):
     """The server does not answer yet."""
 
 
-def _request(url: str, payload: dict[str, Any] | None, timeout: float) -> Any:
+def ask(url: str, payload: dict[str, Any] | None, timeout: float) -> Any:
+    """What the server answers to a GET, or to a POST if there is a payload; with VLLM_API_KEY.
+
+    Raises:
+        ProbeError: no answer, or an error.
+    """
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("VLLM_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
@@ -60,8 +65,8 @@ def generate(url: str, tokens: int, timeout: float) -> list[int]:
     Raises:
         ProbeError: no answer, an error, or fewer tokens than asked for.
     """
-    model = _request(f"{url}/v1/models", None, timeout)["data"][0]["id"]
-    answer = _request(
+    model = ask(f"{url}/v1/models", None, timeout)["data"][0]["id"]
+    answer = ask(
         f"{url}/v1/completions",
         {
             "model": model,
@@ -90,7 +95,7 @@ def wait_until_up(url: str, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            _request(f"{url}/v1/models", None, 5.0)
+            ask(f"{url}/v1/models", None, 5.0)
             return
         except NotUpError as error:
             if time.monotonic() > deadline:

@@ -1,0 +1,58 @@
+"""benchmark.yml and acceptance.yml on a server without a card, with the real engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from conftest import SERVER, Server
+from scenario import play
+
+# As little as there can be: how fast a CPU is, is not what is tested.
+FLAGS = "--concurrency 1 --requests 1 --prompt-tokens 8 --output-tokens 4 --prompt-lengths 8"
+
+
+def test_an_instance_is_measured(server: Server, tmp_path: Path) -> None:
+    server.wait_until_serving(240)
+    code, output = play(
+        "playbooks/benchmark.yml",
+        instance="die0",
+        benchmark_flags=FLAGS,
+        benchmark_directory=str(tmp_path),
+    )
+    assert code == 0, output
+    assert "1 at once" in output
+    brought = tmp_path / SERVER / "die0"
+    assert {path.name for path in brought.iterdir()} == {
+        *("result.json", "result.csv", "report.html", "samples.csv")
+    }
+    result = json.loads((brought / "result.json").read_text())
+    assert [step["failed"] for step in result["steps"]] == [0, 0]
+    assert result["steps"][0]["tokens_per_second"] > 0
+    # nvidia-smi lists a Tesla K80; what was measured is a CPU.
+    assert result["about"]["card"].startswith("none: CUDA finds no device")
+    # Sampled of the die that this instance has, and of no other.
+    assert list(result["samples"]) == [server.instances[0].uuid]
+    assert server.run("ls /tmp | grep -c k80-bench || true") == "0"
+
+
+def test_acceptance_says_what_was_not_run(server: Server, tmp_path: Path) -> None:
+    code, output = play(
+        "playbooks/acceptance.yml",
+        instance="die0",
+        acceptance_soak=3,
+        acceptance_flags=FLAGS,
+        acceptance_directory=str(tmp_path),
+    )
+    assert code == 0, output
+    checks = json.loads((tmp_path / SERVER / "checks.json").read_text())
+    assert {check["check"]: check["result"] for check in checks} == {
+        "CUDA opens the die": "not run",
+        "self-test": "not run",
+        "operators against references": "not run",
+        "systemctl daemon-reload while it serves": "pass",
+        "soak of 3 s under load": "not run",
+    }
+    assert "CUDA finds no device" in checks[0]["said"]
+    page = (tmp_path / "index.html").read_text()
+    assert "1 pass, 0 fail, 4 not run" in page
