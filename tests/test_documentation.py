@@ -46,7 +46,7 @@ GOOD = """\
 
 `drain.yml --limit server1 -e instance=die0`, `vllm-k80 serve MODEL --max-num-seqs 4`, `make`,
 `k80-doctor --json`, `k80-instance restart die0 --settle 3`, `vllm_instance_soak`, `vllm-k80`,
-`roles/*/README.md`
+`roles/*/README.md`, `benchmarks/DATE/HOST/result.json`
 """
 
 
