@@ -24,20 +24,18 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from vllm_k80 import answers, keys, readiness, streams
+from vllm_k80.asgi import Receive, Scope, Send
 from vllm_k80.errors import UserError
 
 FAULT = os.environ.get("STAND_IN_FAULT", "none")
 HANG = Path("/var/lib/vllm-k80/hang")
 SECONDS_PER_TOKEN = 0.02 * (8 if FAULT == "slow" else 1)
 LIFE = 60.0
-
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class Engine:
@@ -74,7 +72,7 @@ class Server:
         self.engine = Engine(sequences)
         self.key = os.environ.get("VLLM_API_KEY", "")
 
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
         if path == "/health":
             await reply(send, 200, {})
@@ -99,9 +97,7 @@ class Server:
         }
         return "".join(f"vllm:{name}{labels} {value}.0\n" for name, value in values.items())
 
-    async def until_the_client_leaves(
-        self, scope: dict[str, Any], receive: Receive, send: Send
-    ) -> None:
+    async def until_the_client_leaves(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = b""
         while (message := await receive())["type"] == "http.request":
             body += message.get("body", b"")

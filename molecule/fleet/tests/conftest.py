@@ -1,11 +1,19 @@
-"""A fleet under load: three servers with two dies each behind two gateways."""
+"""A fleet under load: servers with two dies each behind gateways.
+
+Scenario fleet has all of these tests, scenario fleet-short those that are not marked `full`, on
+fewer servers.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
 
 import pytest
 import report
@@ -14,16 +22,26 @@ import yaml
 from load import Load
 from scenario import ROOT
 
-SERVERS = ["k80-fleet-1", "k80-fleet-2", "k80-fleet-3"]
-GATEWAYS = ["k80-fleet-gateway-1", "k80-fleet-gateway-2"]
-# prepare.yml gives them these addresses.
-ADDRESSES = {name: f"198.18.38.{10 + index}" for index, name in enumerate(SERVERS + GATEWAYS)}
-URLS = [f"http://{ADDRESSES[name]}:8080" for name in GATEWAYS]
+INVENTORY_FILE = Path(os.environ["MOLECULE_INVENTORY_FILE"])
+INVENTORY = yaml.safe_load(INVENTORY_FILE.read_text())
+SERVERS, GATEWAYS = (list(INVENTORY[group]["hosts"]) for group in ("k80_servers", "k80_gateways"))
 INSTANCES = 2 * len(SERVERS)
-# Everything, each twice, and a report; else what CI has the time for.
+# Each twice, and a report.
 RELIABILITY = "RELIABILITY" in os.environ
-ROWS = pytest.StashKey[list[str]]()
+# What was measured on these servers, in all runs of these tests since they were made.
+MEASURED = INVENTORY_FILE.parents[1] / "reliability.json"
+ROWS = pytest.StashKey[list[report.Row]]()
 VARIABLES = ROOT / "molecule" / "fleet" / "inventory" / "group_vars" / "k80_fleet.yml"
+
+
+def address(server: str) -> str:
+    form = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
+    command = ["docker", "inspect", "--format", form, server]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+ADDRESSES = {name: address(name) for name in SERVERS + GATEWAYS}
+URLS = [f"http://{ADDRESSES[name]}:8080" for name in GATEWAYS]
 
 
 def on(host: str, command: str) -> str:
@@ -49,13 +67,6 @@ class Fault:
     # since the fault or, where it did not end by itself, since its end.
     detected: float | None
     recovered: float
-
-    def row(self, name: str) -> str:
-        """Of the table in docs/reliability.md."""
-        noticed = "" if self.detected is None else f"{self.detected:.1f} s"
-        figures = (self.sent, self.finished, self.failed, self.cut, self.retried)
-        cells = [name, *figures, self.other_gateway, f"{self.slowest:.1f} s", noticed]
-        return f"| {' | '.join(map(str, cells))} | {self.recovered:.1f} s |"
 
 
 Ready = list[int | None]
@@ -126,8 +137,11 @@ def under_load(request: pytest.FixtureRequest) -> Iterator[Callable[..., Fault]]
             detected=noticed - at if noticed else None,
             recovered=back - begun,
         )
-        name = request.node.name.removeprefix("test_").replace("_", " ")
-        request.config.stash[ROWS].append(result.row(name))
+        name, _, case = request.node.name.removeprefix("test_").rstrip("]").partition("[")
+        case = case.removeprefix(getattr(request, "param", "")).lstrip("-")
+        title = name.replace("_", " ") + (f": {case}" if case else "")
+        row = {"name": title, "on": date.today().isoformat()} | asdict(result)
+        request.config.stash[ROWS].append(row)
         bad = [answer for answer in load.answers if answer.outcome in ("failed", "wrong")]
         assert not bad, f"{bad[:5]} and so on; {result}"
         assert result.sent == result.finished + result.cut
@@ -137,15 +151,8 @@ def under_load(request: pytest.FixtureRequest) -> Iterator[Callable[..., Fault]]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "full: for make test-reliability, not for CI")
+    config.addinivalue_line("markers", "full: for scenario fleet, not for fleet-short")
     config.stash[ROWS] = []
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not RELIABILITY:
-        left = [item for item in items if item.get_closest_marker("full")]
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in left]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -156,11 +163,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    rows = config.stash[ROWS]
-    terminalreporter.write_line("\n".join(rows))
+    if rows := config.stash[ROWS]:
+        terminalreporter.write_line("\n".join(report.table(rows)))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    # Only of a run in which all was as it should be.
-    if RELIABILITY and exitstatus == 0:
-        report.write(ROOT / "docs" / "reliability.md", session.config.stash[ROWS])
+    rows = session.config.stash[ROWS]
+    # Only of runs in which all was as it should be.
+    if RELIABILITY and rows and exitstatus == 0:
+        rows = (json.loads(MEASURED.read_text()) if MEASURED.exists() else []) + rows
+        MEASURED.write_text(json.dumps(rows))
+        report.write(ROOT / "docs" / "reliability.md", rows)

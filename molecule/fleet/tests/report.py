@@ -4,28 +4,60 @@ from __future__ import annotations
 
 import os
 import platform
-from datetime import date
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
-COLUMNS = [
-    "what happened",
-    "sent",
-    "finished",
-    "failed",
-    "cut",
-    "sent again",
-    "asked the other",
-    "slowest answer",
-    "noticed",
-    "back",
-]
+# What a test measured: its name, the day, and the figures of conftest's Fault.
+Row = dict[str, Any]
+
+COLUMNS = {
+    "name": "what happened",
+    "sent": "sent",
+    "finished": "finished",
+    "failed": "failed",
+    "cut": "cut",
+    "retried": "sent again",
+    "other_gateway": "asked the other",
+    "slowest": "slowest answer",
+    "detected": "noticed",
+    "recovered": "back",
+}
 
 
-def write(path: Path, rows: list[str]) -> None:
-    where = f"Measured on {date.today().isoformat()}, {os.cpu_count()} cores, {machine()}."
+def table(rows: list[Row]) -> list[str]:
+    """The lines of a table, the runs of a test one below the other."""
+
+    def cell(value: object) -> str:
+        return "" if value is None else f"{value:.1f} s" if isinstance(value, float) else str(value)
+
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    return [
+        f"| {' | '.join(COLUMNS.values())} |",
+        "|---" * len(COLUMNS) + "|",
+        *(
+            f"| {' | '.join(cell(row[column]) for column in COLUMNS)} |"
+            for row in sorted(rows, key=lambda row: names.index(row["name"]))
+        ),
+    ]
+
+
+def often(rows: list[Row]) -> str:
+    """How often each ran, as a sentence."""
+    runs = Counter(row["name"] for row in rows)
+    once = [name for name, count in runs.items() if count == 1]
+    if not once:
+        return "Each ran twice or more."
+    if len(once) == len(runs):
+        return "Each ran once."
+    return f"Each ran twice or more, but for these, which ran once: {'; '.join(once)}."
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    days = " and ".join(sorted({row["on"] for row in rows}))
+    where = f"Measured on {days}, {os.cpu_count()} cores, {machine()}. {often(rows)}"
     head = Path(__file__).with_name("reliability.md").read_text()
-    table = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *rows]
-    path.write_text("\n".join([head, where, "", *table, ""]))
+    path.write_text("\n".join([head, where, "", *table(rows), ""]))
 
 
 def machine() -> str:

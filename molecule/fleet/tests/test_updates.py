@@ -28,7 +28,10 @@ BAD = {
 
 
 def archive(name: str) -> str:
-    return str(ROOT / ".cache" / "stand-in" / f"{name}.tar")
+    """The stand-in of this name, made if it is not there yet."""
+    directory = ROOT / ".cache" / "stand-in"
+    subprocess.run([ROOT / "molecule/fleet/stand-in/make", directory, name], check=True)
+    return str(directory / f"{name}.tar")
 
 
 def served() -> list[str]:
@@ -49,11 +52,11 @@ def other_good_one() -> str:
 
 
 def test_a_good_update(under_load: UnderLoad) -> None:
-    wanted, said = other_good_one(), ""
+    wanted = other_good_one()
+    image = archive(wanted)
 
     def update() -> None:
-        nonlocal said
-        rc, said = play(UPDATE, vllm_image_archive=archive(wanted), site_soak=0)
+        rc, said = play(UPDATE, vllm_image_archive=image, site_soak=0)
         assert rc == 0, said
 
     assert under_load(update).cut == 0
@@ -65,7 +68,7 @@ def test_a_good_update(under_load: UnderLoad) -> None:
     ["wrong-tokens", *(pytest.param(n, marks=pytest.mark.full) for n in BAD if n[0] != "w")],
 )
 def test_a_bad_update_goes_back(under_load: UnderLoad, name: str) -> None:
-    before = the_one()
+    before, image = the_one(), archive(name)
     others = [on(server, "docker ps --quiet --no-trunc") for server in SERVERS[1:]]
     said = ""
 
@@ -73,7 +76,7 @@ def test_a_bad_update_goes_back(under_load: UnderLoad, name: str) -> None:
         nonlocal said
         # Longer than the image that dies lives.
         soak = 70 if name == "dies" else 0
-        rc, said = play(UPDATE, vllm_image_archive=archive(name), site_soak=soak)
+        rc, said = play(UPDATE, vllm_image_archive=image, site_soak=soak)
         assert rc != 0, said
 
     assert under_load(update).cut == 0
@@ -88,9 +91,9 @@ def test_a_bad_update_goes_back(under_load: UnderLoad, name: str) -> None:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["SIGINT", "SIGKILL"])
 def test_an_interrupted_update_goes_on(under_load: UnderLoad, how: signal.Signals) -> None:
     wanted = other_good_one()
+    variables = {"vllm_image_archive": archive(wanted), "site_soak": 0}
 
     def interrupted() -> None:
-        variables = {"vllm_image_archive": archive(wanted), "site_soak": 0}
         with subprocess.Popen(
             [
                 Path(sys.executable).with_name("ansible-playbook"),
@@ -108,7 +111,7 @@ def test_an_interrupted_update_goes_on(under_load: UnderLoad, how: signal.Signal
                 assert ansible.poll() is None, "the update ended before it could be interrupted"
                 time.sleep(0.2)
             os.killpg(ansible.pid, how)
-        rc, said = play(UPDATE, vllm_image_archive=archive(wanted), site_soak=0)
+        rc, said = play(UPDATE, **variables)
         assert rc == 0, said
 
     assert under_load(interrupted).cut == 0
