@@ -193,12 +193,19 @@ def test_what_computes_on_the_cpu_is_no_card_whatever_nvidia_smi_lists(server: S
     assert "Tesla" not in line
 
 
-def test_a_gateway_is_asked_from_here_with_a_key_that_nobody_sees(server: Server) -> None:
-    secret = {"VLLM_API_KEY": "a-secret-of-the-tests", "SSL_CERT_FILE": "/somewhere/ca.pem"}
-    done = server.run("bench-here", "gateway", "https://ai.example.org", **secret)
+@pytest.mark.parametrize("authority", [False, True])
+def test_a_gateway_is_asked_from_here_with_a_key_that_nobody_sees(
+    authority: bool, server: Server
+) -> None:
+    (server.directory / "gateway.env").write_text("VLLM_API_KEY=a-secret-of-the-tests\n")
+    volume = f"--volume {server.directory}/ca.pem:/ca.pem:ro --env SSL_CERT_FILE=/ca.pem"
+    if authority:
+        (server.directory / "ca.pem").touch()
+    done = server.run("bench-here", "gateway", "https://ai.example.org")
     assert done.returncode == 0, done.stderr
     (line,) = server.asked("docker", "run")
-    assert "--network host --env VLLM_API_KEY --volume /somewhere/ca.pem:/ca.pem:ro" in line
+    assert f"--network host --env-file {server.directory}/gateway.env" in line
+    assert (volume in line) == authority
     assert "--url https://ai.example.org" in line
     assert "a-secret" not in (server.directory / "world.json.log").read_text()
     assert "--predict" not in line
@@ -351,10 +358,15 @@ k80:
     return play_here
 
 
+@pytest.mark.slow
 def test_benchmark_brings_instances_and_gateway(
-    server: Server, playing: Callable[..., tuple[int, str]], tmp_path: Path
+    server: Server,
+    playing: Callable[..., tuple[int, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     brought = tmp_path / "brought"
+    monkeypatch.setenv("ANSIBLE_VERBOSITY", "3")  # shows the command lines that a server sees
     code, said = playing(
         "playbooks/benchmark.yml",
         benchmark_directory=str(brought),
@@ -382,6 +394,7 @@ def test_benchmark_brings_instances_and_gateway(
     assert "secret" not in said + (server.directory / "world.json.log").read_text()
 
 
+@pytest.mark.slow
 def test_benchmark_says_what_was_not_measured_in_a_sentence(
     server: Server, playing: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
@@ -391,6 +404,7 @@ def test_benchmark_says_what_was_not_measured_in_a_sentence(
     assert "server1: die0: vllm-k80: the key was refused." in said
 
 
+@pytest.mark.slow
 def test_acceptance_brings_a_page_and_fails_with_what_has_failed(
     server: Server, playing: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:

@@ -37,6 +37,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+pytestmark = pytest.mark.slow
+
 ROLE = Path(__file__).parents[1] / "roles" / "gateway"
 KEY = "sk-anna-0123456789abcdef"
 BENS_KEY = "sk-ben-0123456789abcdef"

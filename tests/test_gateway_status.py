@@ -34,6 +34,8 @@ from test_gateway import (
     wait_until,
 )
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = """\
 # TYPE vllm:generation_tokens_total counter

@@ -443,6 +443,7 @@ def test_faults_with_details_of_this_machine(
     assert [line for line in told if re.match(pattern, line)], told
 
 
+@pytest.mark.slow
 def test_a_warning_stops_nothing_and_the_dies_are_told(tmp_path: Path) -> None:
     server = add_server(tmp_path / "server")
     (server / "sys/bus/pci/devices/0000:03:00.0/current_link_width").write_text("8\n")

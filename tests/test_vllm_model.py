@@ -522,6 +522,7 @@ def run_role(
     )
 
 
+@pytest.mark.slow
 def test_the_token_is_in_no_log_of_the_role(tmp_path: Path, hub: Hub) -> None:
     hub.add("org/tiny", REVISION, CHECKPOINT, TOKEN)
     variables = {"vllm_model_hub_endpoint": hub.url, "vllm_model_hub_token": TOKEN}
@@ -755,6 +756,7 @@ def model_of(tmp_path: Path, server: str) -> dict[str, bytes]:
     return files_of({"model": {"host_path": str(directory)}})
 
 
+@pytest.mark.slow
 def test_the_role_sends_models_of_the_controller(tmp_path: Path) -> None:
     source = sent_checkpoint(tmp_path) | {"files": ["*.json", "model-0000?-of-*"]}
     done = run_role(tmp_path, source, "--check")
@@ -766,6 +768,7 @@ def test_the_role_sends_models_of_the_controller(tmp_path: Path) -> None:
     assert model_of(tmp_path, "one") == model_of(tmp_path, "two") == sent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache_host", ["two", "localhost"])
 def test_a_fleet_fetches_once(tmp_path: Path, hub: Hub, cache_host: str) -> None:
     """Also a part of it, whose cache host is not in that part."""
@@ -787,6 +790,7 @@ def test_a_fleet_fetches_once(tmp_path: Path, hub: Hub, cache_host: str) -> None
     assert re.search(r"^one .* changed=0 ", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_once_it_is_there(tmp_path: Path) -> None:
     """A package tells nothing before; instances are not reached then."""
     source = sent_checkpoint(tmp_path)
