@@ -39,6 +39,13 @@ class Engine:
         self.url = ""
 
 
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the program sets of its own process is no other test's."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+
+
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     state, app = Engine(), FastAPI()

@@ -280,7 +280,7 @@ def _weights(config: dict[str, Any]) -> dict[str, Tensor]:
 Checkpoint = tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]
 
 
-def _quantized(name: str, config: dict[str, Any]) -> Checkpoint:
+def _quantized(name: str, config: dict[str, Any] = CONFIG) -> Checkpoint:
     """Configuration, tensors of the checkpoint, and what these stand for."""
     quantize, settings = FORMATS[name]
     tensors, twin = {}, {}
@@ -294,7 +294,7 @@ def _quantized(name: str, config: dict[str, Any]) -> Checkpoint:
     return config | {"quantization_config": settings}, tensors, twin
 
 
-def _unquantized(name: str, config: dict[str, Any]) -> Checkpoint:
+def _unquantized(name: str, config: dict[str, Any] = CONFIG) -> Checkpoint:
     """The same of a BF16 checkpoint that is narrowed as it is loaded; k80-w4 has a tied head."""
     config = config | {"tie_word_embeddings": name == "k80-w4", "torch_dtype": "bfloat16"}
     tensors = {key: weight.bfloat16() for key, weight in _weights(config).items()}
