@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,14 +33,8 @@ MODELS = {
 
 
 @pytest.fixture(scope="module")
-def filters() -> ModuleType:
-    path = ROLE / "filter_plugins" / "vllm_instance.py"
-    spec = importlib.util.spec_from_file_location("vllm_instance_filters", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def filters(load_module: Callable[[str], ModuleType]) -> ModuleType:
+    return load_module("roles/vllm_instance/filter_plugins/vllm_instance.py")
 
 
 def resolve(filters: ModuleType, instances: list[dict[str, Any]], **settings: Any) -> Any:

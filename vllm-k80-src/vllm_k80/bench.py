@@ -103,10 +103,6 @@ def steps(settings: Settings) -> list[Step]:
 # ---- measuring
 
 
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no reason was given"])[-1]
-
-
 async def _measure(
     url: str, model: str, step: Step, settings: Settings, seed: int, salt: str
 ) -> tuple[Any, list[Any], float]:
