@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -395,6 +394,18 @@ def test_benchmark_brings_instances_and_gateway(
 
 
 @pytest.mark.slow
+def test_benchmark_of_a_fleet_without_a_gateway(
+    server: Server, playing: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    inventory = server.directory / "hosts.yml"
+    inventory.write_text(inventory.read_text().partition("    k80_gateways:")[0])
+    code, said = playing("playbooks/benchmark.yml", benchmark_directory=str(tmp_path / "brought"))
+    assert code == 0, said
+    assert "== die0" in said
+    assert "== gateway" not in said
+
+
+@pytest.mark.slow
 def test_benchmark_says_what_was_not_measured_in_a_sentence(
     server: Server, playing: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
@@ -402,6 +413,27 @@ def test_benchmark_says_what_was_not_measured_in_a_sentence(
     code, said = playing("playbooks/benchmark.yml", benchmark_directory=str(tmp_path / "brought"))
     assert code != 0
     assert "server1: die0: vllm-k80: the key was refused." in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("playbook", "variables", "told"),
+    [
+        ("benchmark.yml", {"benchmark_gateway_key_of": "nobody"}, "name an owner of a key in"),
+        ("acceptance.yml", {"acceptance_soak": "long"}, "give a whole number of seconds"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_done(
+    server: Server,
+    playing: Callable[..., tuple[int, str]],
+    playbook: str,
+    variables: dict[str, str],
+    told: str,
+) -> None:
+    code, said = playing(f"playbooks/{playbook}", **variables)
+    assert code != 0
+    assert told in said
+    assert not (server.directory / "world.json.log").exists()
 
 
 @pytest.mark.slow
@@ -424,14 +456,8 @@ def test_acceptance_brings_a_page_and_fails_with_what_has_failed(
 
 
 @pytest.fixture(scope="module")
-def acceptance_report() -> ModuleType:
-    path = ROOT / "vllm-k80-src" / "tools" / "acceptance_report.py"
-    spec = importlib.util.spec_from_file_location("acceptance_report", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def acceptance_report(load_module: Callable[[str], ModuleType]) -> ModuleType:
+    return load_module("vllm-k80-src/tools/acceptance_report.py")
 
 
 @pytest.fixture
