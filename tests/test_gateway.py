@@ -68,10 +68,13 @@ class Instance:
     port: int = field(default_factory=free_port)
     served_model: str = "m"
     ready: int = 200  # what GET /ready answers; 404 to a question about another model
-    mode: str = "answer"  # answer, drop (close before the first byte), http500, http401, slow, sse
+    # answer, drop (close before the first byte), http500, http401, slow, held (until `released`),
+    # sse
+    mode: str = "answer"
     metrics: str = ""  # what GET /metrics answers
     seen: list[dict[str, Any]] = field(default_factory=list)
     client_left: threading.Event = field(default_factory=threading.Event)
+    released: threading.Event = field(default_factory=threading.Event)
     server: ThreadingHTTPServer | None = None
 
     def start(self) -> None:
@@ -136,6 +139,9 @@ class Instance:
                                 instance.client_left.set()
                                 self.close_connection = True
                                 return
+                        self.reply(200, answer)
+                    case "held":
+                        instance.released.wait(60)
                         self.reply(200, answer)
                     case "sse":
                         self.send_response(200)
@@ -703,11 +709,11 @@ def test_requests_beyond_a_keys_places_are_429(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway that gives its one instance one request at a time, and lets two wait for 2 s."""
+    """A gateway that gives its one instance one request at a time, and lets two wait for 4 s."""
     folder = tmp_path_factory.mktemp("narrow")
     limits = {
         "gateway_instance_max_requests": 1,
-        "gateway_queue_timeout": "2s",
+        "gateway_queue_timeout": "4s",
         "gateway_queue_length": 2,
     }
     with running(folder, Instance(), **limits) as gateway:
@@ -725,22 +731,28 @@ def test_waiting_ends_with_503_and_health_does_not_wait(narrow: Gateway) -> None
     wait_until(lambda: narrow.ready_instances() == 1, what="a ready instance")
     (instance,) = narrow.instances
     instance.seen.clear()
-    instance.mode = "slow"  # 5 s
+    instance.mode = "held"
     with ThreadPoolExecutor(3) as pool:
         held = pool.submit(narrow.request)
-        wait_until(lambda: "qcur" in narrow.command("show stat") and instance.seen, what="arrival")
-        start = time.monotonic()
-        waiting = [pool.submit(narrow.request) for _ in range(2)]
-        wait_until(lambda: ",2,2," in narrow.command("show stat 3 2 -1"), 1, "two that wait")
-        status, headers, body = narrow.request()
-        assert (status, headers["Retry-After"], body["error"]["code"]) == (503, "10", "queue_full")
-        assert narrow.ready_instances() == 1
-        assert time.monotonic() - start < 1.8, "neither the queue's end nor /health has waited"
-        for request in waiting:
-            status, headers, body = request.result()
+        try:
+            wait_until(lambda: instance.seen, what="arrival")
+            start = time.monotonic()
+            waiting = [pool.submit(narrow.request) for _ in range(2)]
+            wait_until(lambda: ",2,2," in narrow.command("show stat 3 2 -1"), 3, "two that wait")
+            status, headers, body = narrow.request()
             assert (status, headers["Retry-After"]) == (503, "10")
-            assert body["error"]["code"] == "no_instance_free"
-        assert 1.8 < time.monotonic() - start < 3
+            assert body["error"]["code"] == "queue_full"
+            assert narrow.ready_instances() == 1
+            ended = [request.done() for request in waiting]
+            assert ended == [False, False], "neither a full queue nor /health waits for its end"
+            for request in waiting:
+                status, headers, body = request.result()
+                assert (status, headers["Retry-After"]) == (503, "10")
+                assert body["error"]["code"] == "no_instance_free"
+            assert time.monotonic() - start > 3.8
+            assert not held.done()
+        finally:
+            instance.released.set()
         assert held.result()[0] == 200
     assert len(instance.seen) == 1, "whoever waited in vain reached no instance"
 
