@@ -61,7 +61,7 @@ class Role:
         return self.play(playbook, **variables)
 
     def play(self, playbook: Path, **variables: Any) -> tuple[int, int, str]:
-        variables["ansible_connection"] = "community.docker.docker_api"
+        variables["ansible_connection"] = "community.docker.docker"
         inventory = self.directory / "inventory.json"
         inventory.write_text(json.dumps({"k80_servers": {"hosts": {SERVER: {}}}}))
         code, said = scenario.play(playbook, inventory=inventory, **variables)

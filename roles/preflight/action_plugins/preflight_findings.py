@@ -52,8 +52,9 @@ DRIVER_BRANCH = 470
 
 # The Python package of this project, which plans what fits on a die.
 PACKAGE = Path(__file__).resolve().parents[3] / "vllm-k80-src"
-# Bytes at the beginning of a GGUF file in which its header is; a vocabulary takes most of it.
-GGUF_HEAD = 1 << 24
+# Bytes at the beginning of a GGUF file in which its header is; a vocabulary takes most of it. Those
+# of most are within the first size, and what follows a header costs seconds to bring here.
+GGUF_HEADS = (1 << 21, 1 << 24)
 
 
 class Warn(str):
@@ -1114,7 +1115,7 @@ class ActionModule(ActionBase):
         host.seen = seen
         if "k80_servers" in host.groups:
             placed, here = self._models(host, variables)
-            host.plans = self._plans(host, variables, placed, here)
+            host.plans = self._plans(host, placed, here)
         if "k80_gateways" in host.groups:
             filter_loader.add_directory(str(roles / "gateway/filter_plugins"))
             host.certificate_fault = self._certificate_fault(host, variables)
@@ -1133,7 +1134,7 @@ class ActionModule(ActionBase):
         for name, model in variables.get("vllm_model_paths", {}).items():
             file = model["serve_path"].removeprefix(f"/models/{name}")
             placed[name] = model["host_path"] + file
-        host.plans = self._plans(host, variables, placed, {})
+        host.plans = self._plans(host, placed, {})
         return {"changed": False, "findings": [f"{host.name}: {s}" for s in models_fit(host)]}
 
     def _see(self, host: Host, variables: dict[str, Any]) -> dict[str, Any]:
@@ -1225,7 +1226,6 @@ class ActionModule(ActionBase):
     def _plans(
         self,
         host: Host,
-        variables: dict[str, Any],
         placed: dict[str, str],
         here: dict[str, str],
     ) -> list[tuple[list[str], str, dict[str, Any]]]:
@@ -1243,11 +1243,13 @@ class ActionModule(ActionBase):
                 source = host.models().get(name)
                 if not isinstance(source, dict):
                     continue
-                where = []
+                where: list[str] = []
+                answer = None
                 url = str(source.get("url") or "")
                 path = placed.get(name) or unquote(urlsplit(url).path) * url.startswith("file:")
                 if path:
-                    model = self._described(path, Path(directory) / name, variables)
+                    answer = self._plan_there(path, Path(directory) / name, [*flags], token)
+                    model = ""
                 elif name in here:
                     model = here[name]
                 elif source.get("source") == "hub":
@@ -1258,11 +1260,9 @@ class ActionModule(ActionBase):
                         where += ["--file", pattern]
                 else:
                     model = url
-                answer = plan(model, [*flags, *where], token) if model else None
+                if model:
+                    answer = plan(model, [*flags, *where], token)
                 if answer:
-                    # What was read here is there.
-                    if path and "lacking" in answer:
-                        answer["lacking"] = str(answer["lacking"]).replace(model, path)
                     plans.append((instances, name, answer))
                 elif name not in placed:
                     host.model_doubts[name] = (
@@ -1271,25 +1271,38 @@ class ActionModule(ActionBase):
                     )
         return plans
 
-    def _described(self, path: str, copy: Path, variables: dict[str, Any]) -> str:
+    def _plan_there(
+        self, path: str, copy: Path, flags: list[str], token: str
+    ) -> dict[str, Any] | None:
+        """The answer of `plan` for a model on the host; None where it could not tell."""
+        answer = None
+        for size in GGUF_HEADS if path.endswith(".gguf") else (0,):
+            model = self._described(path, copy, size)
+            if answer := plan(model, flags, token) if model else None:
+                # What was read here is there.
+                if "lacking" in answer:
+                    answer["lacking"] = str(answer["lacking"]).replace(model, path)
+                break
+        return answer
+
+    def _described(self, path: str, copy: Path, size: int) -> str:
         """A copy of what tells of a model on the host, without its weights; empty if there is none.
 
-        The copy is a directory with a config.json, or the head of a GGUF file.
+        The copy is a directory with a config.json, or that many bytes of a GGUF file's head.
         """
-        is_gguf = path.endswith(".gguf")
-        if is_gguf:
-            copy = copy.with_name(f"{copy.name}.gguf")
+        if size:
+            target = model = copy.with_name(f"{copy.name}-{size}.gguf")
+            read = f"head -c {size} {shlex.quote(path)}"
         else:
             copy.mkdir(exist_ok=True)
-        target = copy if is_gguf else copy / "config.json"
+            model, target = copy, copy / "config.json"
+            read = f"cat {shlex.quote(path + '/config.json')}"
         if not target.exists():
-            read = shlex.quote(path if is_gguf else f"{path}/config.json")
-            command = f"head -c {GGUF_HEAD} {read} | gzip -c | base64"
-            told = self._low_level_execute_command(command)
+            told = self._low_level_execute_command(f"{read} | gzip -c | base64")
             try:
                 # A terminal on the way may have changed the ends of the lines.
                 packed = base64.b64decode("".join(told["stdout"].split()), validate=True)
                 target.write_bytes(zlib.decompress(packed, wbits=zlib.MAX_WBITS | 16))
             except (binascii.Error, zlib.error, OSError):
                 return ""
-        return str(copy)
+        return str(model)
