@@ -12,27 +12,26 @@ from scenario import play
 FLAGS = "--concurrency 1 --requests 1 --prompt-tokens 8 --output-tokens 4 --prompt-lengths 8"
 
 
-def test_an_instance_is_measured(server: Server, tmp_path: Path) -> None:
+def test_instances_and_the_gateway_are_measured(server: Server, tmp_path: Path) -> None:
     server.wait_until_serving(240)
     code, output = play(
-        "playbooks/benchmark.yml",
-        instance="die0",
-        benchmark_flags=FLAGS,
-        benchmark_directory=str(tmp_path),
+        "playbooks/benchmark.yml", benchmark_flags=FLAGS, benchmark_directory=str(tmp_path)
     )
     assert code == 0, output
-    assert "1 at once" in output
-    brought = tmp_path / SERVER / "die0"
-    assert {path.name for path in brought.iterdir()} == {
-        *("result.json", "result.csv", "report.html", "samples.csv")
-    }
-    result = json.loads((brought / "result.json").read_text())
-    assert [step["failed"] for step in result["steps"]] == [0, 0]
-    assert result["steps"][0]["tokens_per_second"] > 0
-    # nvidia-smi lists a Tesla K80; what was measured is a CPU.
-    assert result["about"]["card"].startswith("none: CUDA finds no device")
-    # Sampled of the die that this instance has, and of no other.
-    assert list(result["samples"]) == [server.instances[0].uuid]
+    assert output.count("1 at once") == 3
+    brought = {path.name: path for path in (tmp_path / SERVER).iterdir()}
+    assert sorted(brought) == ["die0", "die1", "gateway"]
+    uuids = [instance.uuid for instance in server.instances]
+    # Sampled of the die that an instance has, and of no other.
+    for name, sampled in {"die0": uuids[:1], "die1": uuids[1:], "gateway": uuids}.items():
+        files = {path.name for path in brought[name].iterdir()}
+        assert files == {"result.json", "result.csv", "report.html", "samples.csv"}
+        result = json.loads((brought[name] / "result.json").read_text())
+        assert [step["failed"] for step in result["steps"]] == [0, 0]
+        assert result["steps"][0]["tokens_per_second"] > 0
+        assert sorted(result["samples"]) == sorted(sampled)
+        # nvidia-smi lists a Tesla K80; what was measured is a CPU.
+        assert "none: CUDA finds no device" in result["about"]["card"]
     assert server.run("ls /var/tmp | grep -c k80-bench || true") == "0"
 
 
