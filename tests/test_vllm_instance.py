@@ -217,6 +217,7 @@ def host(tmp_path: Path) -> dict[str, str]:
             case "$*" in
                 *ActiveState*) cat "$HOST/state" ;;
                 *InvocationID*) cat "$HOST/invocation" ;;
+                *NRestarts*) cat "$HOST/restarts" ;;
                 "is-active docker.service") cat "$HOST/docker"; grep -qx active "$HOST/docker" ;;
                 *) echo "$*" >> "$HOST/log" ;;
             esac
@@ -229,6 +230,7 @@ def host(tmp_path: Path) -> dict[str, str]:
             esac
             """,
     }
+    scripts["sleep"] = 'echo "sleep $*" >> "$HOST/log"'
     for name, text in scripts.items():
         (commands / name).write_text("#!/bin/sh\n" + text)
         (commands / name).chmod(0o755)
@@ -306,3 +308,22 @@ def test_a_docker_that_somebody_stopped_is_left_alone(
     assert call(host, "clear-dies", "vllm-k80-die0", "GPU-aa") == (status, told)
     # After a stop there is nothing to make room for.
     assert call(host, "clear-dies", "vllm-k80-die0") == (0, "")
+
+
+def test_an_instance_that_never_serves_waits_longer_each_time(host: dict[str, str]) -> None:
+    restarts = Path(host["HOST"]) / "restarts"
+
+    def waits(*, start: int) -> str:
+        """How long, besides systemd's own 5 s."""
+        restarts.write_text(str(start))
+        status, told = call(host, "back-off", "vllm-k80-die0", "5", "60")
+        assert status == 0
+        return told.strip()
+
+    longer = ["", "", "sleep 5", "sleep 15", "sleep 35", "sleep 55", "sleep 55"]
+    assert [waits(start=start) for start in range(7)] == longer
+    # Somebody starts it by hand; it does not get far.
+    assert [waits(start=start) for start in range(3)] == longer[:3]
+    # It is proven, and ends much later.
+    assert call(host, "back-off", "vllm-k80-die0") == (0, "")
+    assert [waits(start=start) for start in range(3, 6)] == longer[1:4]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from conftest import Instance, Server
 
@@ -92,12 +94,30 @@ def test_secrets_are_readable_by_root_alone(server: Server, instance: Instance) 
     assert "molecule-only-instance-key-0001" not in unit
 
 
+def test_it_says_what_it_computes_on(server: Server, instance: Instance) -> None:
+    info = json.loads(server.run(f"docker exec {instance.unit} vllm-k80 info --json"))
+    assert info["die"] == instance.uuid
+    assert info["versions"]["torch"].startswith("2.0.1")
+    assert info["kernels"].endswith(".fatbin")
+    assert (info["devices"], info["operators_run_on"]) == ([], "CPU, by their references")
+    # In the journal too: once, in one line, at each start.
+    run = server.run(f"systemctl show --property InvocationID --value {instance.unit}")
+    said = server.run(f"journalctl _SYSTEMD_INVOCATION_ID={run} --output cat")
+    assert said.count("No CUDA device: the reference operators run on the CPU.") == 1
+
+
 def test_limits_are_set(server: Server, instance: Instance) -> None:
     limits = server.run(
         "docker inspect --format "
-        "'{{.HostConfig.Memory}} {{.HostConfig.PidsLimit}} {{.HostConfig.CpusetMems}}' "
+        "'{{.HostConfig.Memory}} {{.HostConfig.PidsLimit}} {{.HostConfig.CpusetMems}}"
+        " {{.HostConfig.CpusetCpus}}' "
         f"{instance.unit}"
     ).split()
     assert int(limits[0]) > 0
     assert int(limits[1]) > 0
-    assert limits[2] == "0"
+    node, cpus = limits[2:]
+    assert node == "0"
+    assert cpus == server.run("cat /sys/bus/pci/devices/0000:05:00.0/local_cpulist")
+    assert server.in_container(
+        instance, "import os; print(os.statvfs('/tmp').f_blocks * os.statvfs('/tmp').f_frsize)"
+    ) == str(2 << 30)

@@ -71,6 +71,19 @@ def watched(server: Server) -> Server:
     return server
 
 
+def test_a_grafana_would_find_prometheus_and_the_dashboards(server: Server) -> None:
+    def provisioned(kind: str) -> Any:
+        return yaml.safe_load(server.run(f"cat /etc/grafana/provisioning/{kind}/vllm-k80.yml"))
+
+    (source,) = provisioned("datasources")["datasources"]
+    assert get(server, f"{source['url']}/api/v1/status/buildinfo")["status"] == "success"
+    (provider,) = provisioned("dashboards")["providers"]
+    directory = provider["options"]["path"]
+    for name in ("die", "fleet", "host", "model"):
+        dashboard = json.loads(server.run(f"cat {directory}/{name}.json"))
+        assert dashboard["templating"]["list"][0]["query"] == source["type"]
+
+
 def test_everything_is_read(watched: Server) -> None:
     def states() -> dict[str, str]:
         targets = get(watched, "http://127.0.0.1:9090/api/v1/targets")["data"]["activeTargets"]

@@ -70,6 +70,9 @@ def test_the_gateway_answers_while_one_instance_is_down(
 ) -> None:
     instance = server.instances[1]
     server.run(f"systemctl stop {instance.unit}")
+    assert server.run(f"systemctl show --property Result --value {instance.unit}") == "success"
+    said = server.run(f"journalctl --unit {instance.unit} --output cat --since -60s")
+    assert "Application shutdown complete." in said
     stopped = time.monotonic()
     try:
         while "1 of 2 instances are ready" not in (page := status_page()):
