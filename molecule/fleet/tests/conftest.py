@@ -145,6 +145,8 @@ def under_load(request: pytest.FixtureRequest) -> Iterator[Callable[..., Fault]]
         bad = [answer for answer in load.answers if answer.outcome in ("failed", "wrong")]
         assert not bad, f"{bad[:5]} and so on; {result}"
         assert result.sent == result.finished + result.cut
+        lost = any(None in ready for _, ready in load.ready)
+        assert lost or not result.other_gateway, "a gateway that was there took no connection"
         return result
 
     yield run

@@ -1,0 +1,149 @@
+"""What operators do with a fleet that serves, by playbook: nobody who asks notices."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ADDRESSES, GATEWAYS, INVENTORY, INVENTORY_FILE, SERVERS, Fault, on
+from scenario import play
+from test_faults import fewer
+
+UnderLoad = Callable[..., Fault]
+pytestmark = pytest.mark.full
+# Of any change of these, an instance makes a new container.
+CONTAINERS = "docker ps --no-trunc --quiet"
+KEY = "molecule-only-instance-key-0001"
+
+
+def good(playbook: str, *options: str, inventory: Path | None = None, **variables: object) -> None:
+    """Runs a playbook, which must do what it is there for."""
+    code, said = play(f"playbooks/{playbook}", *options, inventory=inventory, **variables)
+    assert code == 0, said
+
+
+def containers() -> set[str]:
+    return {name for server in SERVERS for name in on(server, CONTAINERS).split()}
+
+
+def arguments(server: str) -> str:
+    """The command line of a server's first instance."""
+    return on(server, "docker inspect --format '{{.Config.Cmd}}' vllm-k80-die0")
+
+
+def test_a_server_is_drained_and_undrained(under_load: UnderLoad) -> None:
+    limit = f"--limit={SERVERS[0]}"
+    before = containers()
+    met = under_load(
+        partial(good, "drain.yml", limit),
+        detected=fewer(2),
+        mend=partial(good, "undrain.yml", limit),
+    )
+    assert met.cut == 0
+    assert containers() == before
+
+
+def test_all_instances_are_restarted(under_load: UnderLoad) -> None:
+    before = containers()
+    assert under_load(partial(good, "restart.yml")).cut == 0
+    assert not before & containers()
+
+
+def test_a_change_is_rolled_back(under_load: UnderLoad) -> None:
+    before = [arguments(server) for server in SERVERS]
+    changed = {"vllm_instance_extra_args": ["--max-num-seqs", "5"], "site_soak": 0}
+    good("update.yml", **changed)
+    assert all("--max-num-seqs 5" in arguments(server) for server in SERVERS)
+    assert under_load(partial(good, "rollback.yml")).cut == 0
+    assert [arguments(server) for server in SERVERS] == before
+
+
+ASK = """
+import sys, urllib.error, urllib.request
+url, key = sys.argv[1:]
+request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"})
+try:
+    print(urllib.request.urlopen(request, timeout=10).status)
+except urllib.error.HTTPError as error:
+    print(error.code)
+"""
+
+
+def answers_to(key: str) -> set[str]:
+    """What the instances say to a gateway that comes with this key."""
+    urls = [f"http://{ADDRESSES[server]}:{port}" for server in SERVERS for port in (8001, 8002)]
+    ask = f"python3 -c {shlex.quote(ASK)}"
+    return {on(GATEWAYS[0], f"{ask} {url}/v1/models {key}") for url in urls}
+
+
+def test_the_instances_key_is_changed(under_load: UnderLoad) -> None:
+    other = "molecule-only-instance-key-0002"
+    try:
+        change = partial(good, "rotate-keys.yml", vllm_instance_api_key=other, rotate_keys_wait=10)
+        assert under_load(change).cut == 0
+        assert answers_to(other) == {"200"}
+        assert answers_to(KEY) == {"401"}
+    finally:
+        good("rotate-keys.yml", rotate_keys_wait=10)
+    assert answers_to(KEY) == {"200"}
+    assert answers_to(other) == {"401"}
+
+
+@pytest.fixture
+def broken_die() -> Iterator[str]:
+    """A server one of whose dies has ECC errors, for as long as the fixture lasts."""
+    server = SERVERS[1]
+    fault = "/etc/k80-emulator/dies/0000:05:00.0/ecc.errors.uncorrected.volatile.total"
+    on(server, f"echo 2 > {fault}")
+    yield server
+    on(server, f"rm -f {fault}")
+
+
+def test_a_server_is_rebooted_unless_it_is_ill(under_load: UnderLoad, broken_die: str) -> None:
+    limit = f"--limit={broken_die}"
+    boot = "cat /proc/sys/kernel/random/boot_id; stat --format %Y /proc/1"
+    booted = on(broken_die, boot)
+
+    def reboot() -> None:
+        code, said = play("playbooks/update-host.yml", limit, update_host_reboot=True)
+        assert code != 0, said
+        assert "ecc-errors" in said
+        assert f"{broken_die} stays drained" in said
+        assert on(broken_die, boot) != booted
+        drained = on(broken_die, "k80-instance list")
+        assert drained.count("maintenance") == 2, drained
+
+    def mend() -> None:
+        on(broken_die, "rm /etc/k80-emulator/dies/*/ecc.errors.uncorrected.volatile.total")
+        good("update-host.yml", limit)
+
+    assert under_load(reboot, detected=fewer(2), mend=mend).cut == 0
+
+
+def test_a_server_is_removed_and_added(under_load: UnderLoad) -> None:
+    gone = SERVERS[-1]
+    # Beside the other, for the same variables.
+    without = INVENTORY_FILE.with_name("without.yml")
+    fewer_hosts = {
+        group: content | {"hosts": {h: v for h, v in content["hosts"].items() if h != gone}}
+        for group, content in INVENTORY.items()
+        if "hosts" in content
+    }
+    without.write_text(yaml.safe_dump(fewer_hosts))
+
+    def remove() -> None:
+        good("teardown.yml", f"--limit={gone}", teardown=True)
+        good("../site.yml", inventory=without)
+
+    def add() -> None:
+        assert on(gone, "ls /etc/systemd/system/vllm-k80* 2> /dev/null || true") == ""
+        good("../site.yml")
+
+    try:
+        assert under_load(remove, detected=fewer(2), mend=add).cut == 0
+    finally:
+        without.unlink()
