@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_k80.ops import driver, kernels, reference
+from vllm_k80.ops import CALLS, bind, driver, kernels, reference
 from vllm_k80.quantization.packed import PackedWeight, concatenate
 
 vllm_k80 = torch.ops.vllm_k80
@@ -276,6 +276,48 @@ def test_objects_that_live_are_not_asked_again(monkeypatch: pytest.MonkeyPatch) 
     assert len(kernels._Product._SEEN) == 1
     del weight
     assert not kernels._Product._SEEN
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that passes for one on a GPU."""
+
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+
+
+def test_a_layer_looks_for_its_product_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until its weight is elsewhere. Prefill, which is no product, goes its own way in between."""
+    launches, looked = [], []
+
+    class Kernel:
+        def launch(self, grid: Any, block: int, *arguments: Any) -> None:
+            launches.append(arguments[0])
+
+    known = kernels._Product.known
+    monkeypatch.setattr(driver, "available", lambda: True)
+    monkeypatch.setattr(driver, "kernel", lambda name, signature, device: Kernel())
+    monkeypatch.setattr(kernels._Product, "known", lambda *a: looked.append(1) or known(*a))
+    qweight, scale, minimum = (
+        torch.zeros(64, 64, dtype=torch.uint8),
+        torch.ones(64, 4),
+        torch.ones(64, 4),
+    )
+    calls = CALLS["linear_w4"]
+    layer = bind("linear_w4", qweight, scale, minimum, None, None, False)
+    row = torch.ones(1, 128).as_subclass(OnGpu)
+    for _ in range(2):
+        layer(row)
+    before = len(looked)
+    for _ in range(3):
+        assert layer(row).shape == (1, 64)
+    assert len(looked) == before
+    assert layer(torch.ones(64, 128)).shape == (64, 64)  # prefill
+    layer(row)
+    assert CALLS["linear_w4"] == calls + 7
+    assert launches == [qweight.data_ptr()] * 6
+    qweight.set_(torch.zeros(64, 64, dtype=torch.uint8))
+    layer(row)
+    assert len(looked) > before
+    assert launches[-1] == qweight.data_ptr() != launches[0]
 
 
 @pytest.fixture(scope="module")

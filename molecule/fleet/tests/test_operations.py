@@ -62,6 +62,26 @@ def test_a_change_is_rolled_back(under_load: UnderLoad) -> None:
     assert [arguments(server) for server in SERVERS] == before
 
 
+def test_another_model_is_brought(under_load: UnderLoad) -> None:
+    """Served by the same name, so that users may ask all the time."""
+    for server in SERVERS:
+        on(server, "cp --recursive /srv/known /srv/other")
+    bring = partial(
+        good,
+        "update.yml",
+        vllm_model_catalogue={
+            "known": {"source": "directory", "path": "/srv/known"},
+            "other": {"source": "directory", "path": "/srv/other", "served_name": "known"},
+        },
+        vllm_instance_model="other",
+        site_soak=0,
+    )
+    assert under_load(bring).cut == 0
+    assert all("serve /models/other" in arguments(server) for server in SERVERS)
+    good("rollback.yml")
+    assert all("serve /models/known" in arguments(server) for server in SERVERS)
+
+
 ASK = """
 import sys, urllib.error, urllib.request
 url, key = sys.argv[1:]

@@ -257,15 +257,17 @@ class _Product:
             cls._SEEN[objects] = product, [weakref.ref(part, forget) for part in tensors]
         else:
             return None
+        return product if product.takes(x) else None
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether this is a product of ``x`` as in decode: of few rows, in a dtype of ours."""
         shape = x.shape
-        if (
-            x.dtype not in _SUFFIX
-            or shape[-1] != product._columns
-            or shape.numel() > reference.GEMV_ROWS * product._columns
-            or x.device != product._device
-        ):
-            return None
-        return product
+        return (
+            x.dtype in _SUFFIX
+            and shape[-1] == self._columns
+            and shape.numel() <= reference.GEMV_ROWS * self._columns
+            and x.device == self._device
+        )
 
     def _launch(self, tokens: int) -> tuple[driver.Kernel, int | tuple[int, int]]:
         """The kernel for so many rows of x, and its grid."""
@@ -304,6 +306,21 @@ class _Product:
             self._flags[x.dtype],
         )
         return y
+
+
+def product_of(name: str, x: Tensor, others: tuple[Tensor | bool | None, ...]) -> _Product | None:
+    """What the operator ``linear``, ``linear_w4`` or ``linear_w8`` has just multiplied ``x`` by.
+
+    Args:
+        others: the operator's arguments after ``x``.
+
+    Returns:
+        None where it was no product of ours.
+    """
+    if name == "linear_w4":
+        qweight, scale, minimum, bias, zero, gated = others
+        others = qweight, scale, minimum, zero, bias, gated
+    return _Product.known(x, others)
 
 
 def _has_product(weight: Tensor) -> bool:

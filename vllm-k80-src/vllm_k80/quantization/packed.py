@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from vllm_k80.ops import k80
+from vllm_k80.ops import bind, k80
 from vllm_k80.ops.reference import GROUPS
 
 _INT8_COLUMNS = 16  # the INT8 kernels load as many columns at a time
@@ -64,11 +64,11 @@ class PackedWeight:
         """`product` of x in the order of the columns."""
         qweight, scale, minimum, zero = self.qweight, self.scale, self.minimum, self.zero
         if scale is None:
-            return lambda x: k80.linear(x, qweight, bias, gated)
+            return bind("linear", qweight, bias, gated)
         if qweight.dtype != torch.int8:
-            return lambda x: k80.linear_w4(x, qweight, scale, minimum, bias, zero, gated)
+            return bind("linear_w4", qweight, scale, minimum, bias, zero, gated)
         if minimum is None:
-            return lambda x: k80.linear_w8(x, qweight, scale, bias, gated)
+            return bind("linear_w8", qweight, scale, bias, gated)
         offset = minimum
 
         def with_minimum(x: Tensor) -> Tensor:
