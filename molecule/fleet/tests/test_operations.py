@@ -53,9 +53,28 @@ def test_all_instances_are_restarted(under_load: UnderLoad) -> None:
     assert not before & containers()
 
 
-def test_a_change_is_rolled_back(under_load: UnderLoad) -> None:
+ECC_ERRORS = "/etc/k80-emulator/dies/0000:05:00.0/ecc.errors.uncorrected.volatile.total"
+
+
+@pytest.fixture
+def broken_die() -> Iterator[str]:
+    """A server one of whose dies has ECC errors, for as long as the fixture lasts."""
+    server = SERVERS[0]
+    on(server, f"echo 2 > {ECC_ERRORS}")
+    yield server
+    on(server, f"rm --force {ECC_ERRORS}")
+
+
+def test_an_update_stops_at_an_ill_server_and_is_rolled_back(
+    under_load: UnderLoad, broken_die: str
+) -> None:
     before = [arguments(server) for server in SERVERS]
     changed = {"vllm_instance_extra_args": ["--max-num-seqs", "5"], "site_soak": 0}
+    code, said = play("playbooks/update.yml", **changed)
+    assert code != 0
+    assert f"{broken_die}: ecc-errors: " in said
+    assert [arguments(server) for server in SERVERS[1:]] == before[1:]
+    on(broken_die, f"rm {ECC_ERRORS}")
     good("update.yml", **changed)
     assert all("--max-num-seqs 5" in arguments(server) for server in SERVERS)
     assert under_load(partial(good, "rollback.yml")).cut == 0
@@ -113,16 +132,6 @@ def test_the_instances_key_is_changed(under_load: UnderLoad) -> None:
     assert answers_to(other) == {"401"}
 
 
-@pytest.fixture
-def broken_die() -> Iterator[str]:
-    """A server one of whose dies has ECC errors, for as long as the fixture lasts."""
-    server = SERVERS[1]
-    fault = "/etc/k80-emulator/dies/0000:05:00.0/ecc.errors.uncorrected.volatile.total"
-    on(server, f"echo 2 > {fault}")
-    yield server
-    on(server, f"rm -f {fault}")
-
-
 def test_a_server_is_rebooted_unless_it_is_ill(under_load: UnderLoad, broken_die: str) -> None:
     limit = f"--limit={broken_die}"
     boot = "cat /proc/sys/kernel/random/boot_id; stat --format %Y /proc/1"
@@ -138,7 +147,7 @@ def test_a_server_is_rebooted_unless_it_is_ill(under_load: UnderLoad, broken_die
         assert drained.count("maintenance") == 2, drained
 
     def mend() -> None:
-        on(broken_die, "rm /etc/k80-emulator/dies/*/ecc.errors.uncorrected.volatile.total")
+        on(broken_die, f"rm {ECC_ERRORS}")
         good("update-host.yml", limit)
 
     assert under_load(reboot, detected=fewer(2), mend=mend).cut == 0
