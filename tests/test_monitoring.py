@@ -68,6 +68,37 @@ def test_no_alert_is_without_an_example() -> None:
     assert shown == {rule["alert"] for rule in rules()}
 
 
+def test_a_die_whose_model_has_changed_shows_its_tokens(tmp_path: Path) -> None:
+    """Its instance has two series then, for as long as a rate looks back."""
+    (query,) = [query for query in queries(ROLE / "files/grafana/die.json") if "tokens" in query]
+    of_one = 'host="a", vllm_instance="die0"'
+    case = {
+        "interval": "15s",
+        "input_series": [
+            {
+                "series": f'vllm:generation_tokens_total{{{of_one}, model_name="old"}}',
+                "values": "0+15x8 _x12",
+            },
+            {
+                "series": f'vllm:generation_tokens_total{{{of_one}, model_name="new"}}',
+                "values": "_x10 0+15x10",
+            },
+            {"series": f'k80_die_up{{{of_one}, pci_address="p"}}', "values": "1x20"},
+        ],
+        "promql_expr_test": [
+            {
+                "expr": f"count({re.sub(r'[$](host|die)', '.*', query)} > 0)",
+                "eval_time": "5m",
+                "exp_samples": [{"labels": "{}", "value": 1}],
+            }
+        ],
+    }
+    file = tmp_path / "case.yml"
+    file.write_text(yaml.safe_dump({"evaluation_interval": "15s", "tests": [case]}))
+    done = promtool("test", "rules", file)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("rule", rules(), ids=lambda rule: f"{rule['alert']} {rule['labels']}")
 def test_each_alert_says_what_to_do_and_where_there_is_more(rule: dict[str, Any]) -> None:
     assert set(rule["annotations"]) == {"summary", "action", "see"}
