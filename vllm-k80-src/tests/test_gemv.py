@@ -314,6 +314,10 @@ def test_a_layer_looks_for_its_product_no_more(monkeypatch: pytest.MonkeyPatch) 
     layer(row)
     assert CALLS["linear_w4"] == calls + 7
     assert launches == [qweight.data_ptr()] * 6
+    layer(torch.ones(64, 128).as_subclass(OnGpu))  # prefill on the GPU
+    before = len(looked)
+    layer(row)
+    assert len(looked) == before
     qweight.set_(torch.zeros(64, 64, dtype=torch.uint8))
     layer(row)
     assert len(looked) > before

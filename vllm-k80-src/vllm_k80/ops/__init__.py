@@ -136,8 +136,9 @@ def bind(name: str, *others: torch.Tensor | bool | None) -> Callable[[torch.Tens
             CALLS[name] += 1
             return product(x)
         y = operator(x, *others)
-        if called and x.is_cuda:  # not for one call only
-            product, addresses = kernels.product_of(name, x, others), _addresses(tensors)
+        # Not for one call only. Prefill, which is no product, forgets none.
+        if called and x.is_cuda and (found := kernels.product_of(name, x, others)):
+            product, addresses = found, _addresses(tensors)
         called = True
         return y
 
