@@ -167,7 +167,7 @@ def test_the_key_is_sent(engine, monkeypatch) -> None:
 def test_wait_ends_with_a_sentence(capsys) -> None:
     started = time.monotonic()
     assert cli.main(["probe", "--url", "http://127.0.0.1:9", "--wait", "2"]) == 1
-    assert 2 <= time.monotonic() - started < 6
+    assert 2 <= time.monotonic() - started < 30
     assert "No server after 2 s" in capsys.readouterr().err
 
 
