@@ -1077,6 +1077,81 @@ def test_the_page_is_what_the_checks_say(doctor: ModuleType) -> None:
     assert page == doctor.markdown() + "\n", "run: make docs"
 
 
+# ---- which dies are given requests
+
+
+@pytest.mark.parametrize(
+    ("fault", "second", "first"),
+    [
+        (lambda _: None, (0, ""), (0, "")),
+        # What is wrong with a server, or slows a die down, makes nothing that it computes wrong.
+        (smi(1, temperature__gpu="95"), (0, ""), (0, "")),
+        (smi(1, retired_pages__pending="Yes"), (0, ""), (0, "")),
+        (uncalled("docker"), (0, ""), (0, "")),
+        (
+            smi(1, ecc__errors__uncorrected__volatile__total="2"),
+            (2, f"ecc-errors: die {DIES[1]} has had 2 double-bit ECC errors"),
+            (0, ""),
+        ),
+        (
+            xid(62),
+            (2, f"xid: die {DIES[1]} reported Xid 62 (micro-controller halted)"),
+            (0, ""),
+        ),
+        (xid(13), (0, ""), (0, "")),
+        # A driver that says nothing says nothing of a die.
+        (
+            answer("nvidia-smi", MISMATCH, 18),
+            (1, "die-lost: because of driver-match"),
+            (1, "die-lost: because of driver-match"),
+        ),
+    ],
+    ids=["well", "hot", "pages", "no docker", "ecc", "xid", "other xid", "silent driver"],
+)
+def test_a_die_that_may_compute_wrongly_is_not_to_be_trusted(
+    server: Server, fault: Fault, second: tuple[int, str], first: tuple[int, str]
+) -> None:
+    fault(server)
+    for uuid, (code, said) in zip(UUIDS, (first, second), strict=True):
+        done = server.run("--dies", uuid)
+        assert (done.returncode, done.stdout[: len(said)], bool(done.stdout)) == (
+            code,
+            said,
+            bool(said),
+        )
+    both_dies = server.run("--dies", *UUIDS)
+    assert both_dies.returncode == second[0]
+
+
+def test_a_die_that_is_lost_is_not_to_be_trusted_and_an_unknown_one_is_not_judged(
+    server: Server,
+) -> None:
+    server.answer("nvidia-smi", LOST, 15)
+    rows = [server.smi[0][field] for field in server.fields]
+    server.answer(f"nvidia-smi -i {DIES[0]}", ", ".join(rows) + "\n")
+    server.answer(f"nvidia-smi -i {DIES[1]}", LOST, 15)
+    assert server.run("--dies", UUIDS[0]).returncode == 0
+    done = server.run("--dies", UUIDS[1])
+    assert done.returncode == 2
+    assert done.stdout.startswith(f"die-lost: the driver has lost die {DIES[1]}")
+    done = server.run("--dies", "GPU-none")
+    assert (done.returncode, done.stdout) == (1, "no die is known by the UUID GPU-none\n")
+
+
+def test_status_says_why_the_doctor_keeps_requests_away(server: Server) -> None:
+    with_units(server)
+    server.file("var/lib/vllm-k80/instances/die1/drained-by-doctor", "xid: die 6 reported 48\n")
+    first, second = status(server)
+    assert (first["state"], first["why"]) == ("ready", "")
+    assert (second["state"], second["why"]) == ("drained by k80-doctor", "xid: die 6 reported 48")
+
+
+def test_that_requests_are_kept_away_is_told_by_the_check_that_has_failed(server: Server) -> None:
+    server.file("var/lib/vllm-k80/instances/die1/drained-by-doctor", "xid: die 6 reported 48\n")
+    _, report = server.examine()
+    assert told(report) == {}
+
+
 # ---- status
 
 SHOW = "systemctl show --property=ActiveState,SubState,StateChangeTimestampMonotonic"
@@ -1174,13 +1249,19 @@ def test_status_where_site_yml_has_never_run(server: Server, doctor: ModuleType)
         ({"state": "active"}, "silent", "not ready", "no answer within 5 s"),
         ({"state": "active"}, {"ready": True}, "ready", ""),
         ({"state": "active", "drained": "update"}, {"ready": True}, "drained by update", ""),
+        (
+            {"state": "active", "drained": "k80-doctor", "why": "xid: 48"},
+            {"ready": True},
+            "drained by k80-doctor",
+            "xid: 48",
+        ),
     ],
 )
 def test_status_has_a_word_for_each_state(
     doctor: ModuleType, unit: dict[str, Any] | None, load: Any, state: str, why: str
 ) -> None:
     silent = doctor.SilentError("no answer within 5 s")
-    whole = unit and {"settings": {"Model": "m"}, "drained": "", "since": 1.0} | unit
+    whole = unit and {"settings": {"Model": "m"}, "drained": "", "why": "", "since": 1.0} | unit
     loads = {"die0": silent if load == "silent" else load} if load else {}
     row = doctor.instance_row({"die0": whole or silent}, loads, "die0")
     assert (row["state"], row["why"]) == (state, why)

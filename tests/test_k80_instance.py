@@ -489,3 +489,45 @@ def test_it_needs_root(
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     assert program.main() == 1
     assert capsys.readouterr().err == "k80-instance: this needs root.\n"
+
+
+# ---- dies that the doctor does not trust
+
+
+def test_a_die_that_the_doctor_distrusts_gets_no_requests_until_it_does(
+    server: Server, served: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    instance, says = server.instance, [0, ""]
+    asked: list[tuple[str, ...]] = []
+
+    def doctor(*command: str, **_: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, says[0], says[1], "")
+
+    monkeypatch.setattr(server.program, "run", doctor)
+    monkeypatch.setattr(server.program.shutil, "which", lambda name: f"/sbin/{name}")
+    file = Path(instance.state, "drained-by-doctor")
+    assert instance.examine() is False
+    assert asked == [("/sbin/k80-doctor", "--timeout", "20", "--dies", "GPU-a", "GPU-b")]
+    assert not file.exists()
+
+    says[:] = [2, "ecc-errors: 2 of them\n"]
+    assert [instance.examine(), instance.examine()] == [True, False]
+    assert file.read_text() == "ecc-errors: 2 of them\n"
+    says[:] = [2, "ecc-errors: 3 of them\n"]
+    instance.examine()
+    says[:] = [1, "the driver hangs\n"]  # nothing new of the die
+    assert instance.examine() is False
+    assert file.read_text() == "ecc-errors: 3 of them\n"
+    says[:] = [0, ""]
+    assert [instance.examine(), instance.examine()] == [True, False]
+    assert not file.exists()
+    assert capsys.readouterr().err.splitlines() == [
+        "die0: gets no new requests. k80-doctor says ecc-errors: 2 of them",
+        "die0: gets no new requests. k80-doctor says ecc-errors: 3 of them",
+        "die0: k80-doctor trusts its dies again.",
+    ]
+
+
+def test_without_a_doctor_nothing_is_judged(server: Server, served: Any) -> None:
+    assert server.instance.examine() is False  # the role installs it after the instances

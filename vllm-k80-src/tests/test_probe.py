@@ -71,6 +71,7 @@ def proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "run" / "proof.json"
     monkeypatch.setattr(readiness, "PROOF", path)
     monkeypatch.setattr(readiness, "DRAINED", tmp_path / "drained")
+    monkeypatch.setattr(readiness, "DOCTORED", tmp_path / "drained-by-doctor")
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     return path
 
@@ -206,6 +207,19 @@ def test_a_drained_server_is_ready_for_nothing_new(proof, monkeypatch) -> None:
     assert ask_ready()[0] == 404
     assert ask_ready()[1]["reason"] == "drained by operator"
     readiness.DRAINED.unlink()
+    assert ask_ready()[0] == 200
+
+
+def test_a_server_on_a_die_that_the_doctor_distrusts_is_ready_for_nothing_new(proof) -> None:
+    readiness.write_proof("golden", 1.0)
+    readiness.DOCTORED.write_text("ecc-errors: die 0000:05:00.0 has had 2\n")
+    status, content = ask_ready()
+    assert (status, content["proof"]["kind"]) == (404, "golden")
+    assert content["reason"] == "drained by k80-doctor: ecc-errors: die 0000:05:00.0 has had 2"
+    readiness.DRAINED.write_text("operator\n")
+    assert ask_ready()[1]["reason"] == "drained by operator"
+    readiness.DRAINED.unlink()
+    readiness.DOCTORED.unlink()
     assert ask_ready()[0] == 200
 
 

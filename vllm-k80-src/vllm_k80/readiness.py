@@ -6,8 +6,8 @@ vLLM's ``/health`` only says that the server's process runs; it stays 200 when t
 - 200 as long as there is a fresh proof,
 - 503 without one,
 - 404 if this server generates, but is to get no new requests: it is drained (the file ``DRAINED``
-  is there), or it does not serve the model that ``?model=`` names. HAProxy's ``disable-on-404``
-  lets such a server finish what it has.
+  or ``DOCTORED`` is there), or it does not serve the model that ``?model=`` names. HAProxy's
+  ``disable-on-404`` lets such a server finish what it has.
 """
 
 import json
@@ -22,6 +22,8 @@ from vllm_k80.asgi import App, Receive, Scope, Send
 PROOF = Path(os.environ.get("VLLM_K80_PROOF", "/tmp/vllm-k80/proof.json"))
 # Made and removed by the server's `k80-instance`.
 DRAINED = Path(os.environ.get("VLLM_K80_DRAINED", "/var/lib/vllm-k80/drained"))
+# The same; it holds what `k80-doctor` has against the die.
+DOCTORED = Path(os.environ.get("VLLM_K80_DOCTORED", "/var/lib/vllm-k80/drained-by-doctor"))
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # The names that the server serves, a JSON list; set by `vllm-k80 serve`.
 SERVED_NAMES = "VLLM_K80_SERVED_NAMES"
@@ -41,18 +43,22 @@ def remove_proof() -> None:
 
 
 def drained_by() -> str | None:
-    """Who wants this server to get no new requests: ``operator``, ``update``, or None if nobody.
+    """Who wants this server to get no new requests, or None if nobody does.
 
-    The file holds one of these words. After ``update`` comes the boot in which it was written: an
-    update that a reboot has ended lifts nothing any more.
+    Whoever drains writes a word: ``operator``, ``maintenance``, or ``update`` and the boot in which
+    it was written, for an update that a reboot has ended lifts nothing any more. The doctor says
+    why.
     """
     try:
         words = DRAINED.read_text().split()
+        if words[:1] != ["update"] or words[1:] == [BOOT_ID.read_text().strip()]:
+            return words[0] if words else "operator"
+    except OSError:
+        pass
+    try:
+        return f"k80-doctor: {DOCTORED.read_text().strip()}"
     except OSError:
         return None
-    if words[:1] == ["update"] and words[1:] != [BOOT_ID.read_text().strip()]:
-        return None
-    return words[0] if words else "operator"
 
 
 def status(model: str | None = None, now: float | None = None) -> tuple[int, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -85,6 +86,33 @@ def test_the_gateway_answers_while_one_instance_is_down(
         assert server.diagnosis() == {"instance-unit": "fail"}
     finally:
         server.run(f"systemctl start --no-block {instance.unit}")
+
+
+def test_a_die_with_memory_errors_gets_no_requests_until_it_has_none(
+    server: Server, ask: Callable[..., str], status_page: Callable[[], str]
+) -> None:
+    """The instance on it generates as before: it is the doctor who keeps requests away."""
+    errors = "/etc/k80-emulator/dies/0000:05:00.0/ecc.errors.uncorrected.volatile.total"
+    old = server.container_id(server.instances[0])
+    server.run(f"echo 2 > {errors}")
+    began = time.monotonic()
+    try:
+        while "1 of 2 instances are ready" not in (page := status_page()):
+            assert time.monotonic() - began < 120, page  # it is asked every 30 seconds
+            time.sleep(1)
+        assert ">drained: gets no new requests<" in page
+        for _ in range(4):
+            assert "Paris" in ask()
+        assert server.diagnosis() == {"ecc-errors": "fail"}
+        (row, _) = json.loads(server.run("k80-doctor --status --json"))
+        assert (row["instance"], row["state"]) == ("die0", "drained by k80-doctor")
+        assert row["why"].startswith("ecc-errors: die 0000:05:00.0 has had 2 double-bit")
+        said = server.run("journalctl --unit vllm-k80-die0-liveness --output cat --since -180s")
+        assert "die0: gets no new requests. k80-doctor says ecc-errors" in said
+    finally:
+        server.run(f"rm {errors}")
+    server.wait_until_serving(120)
+    assert server.container_id(server.instances[0]) == old, "nothing was restarted for it"
 
 
 def test_a_hung_engine_is_restarted(server: Server) -> None:

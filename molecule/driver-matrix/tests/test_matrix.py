@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import scenario
 from conftest import SERVERS, VERSION, Server
 
 WITH_PACKAGES = [server for server in SERVERS if server.packages]
@@ -81,7 +82,8 @@ def test_components_are_added_where_they_are_missing() -> None:
 @packages
 def test_automatic_updates_leave_the_driver_alone(server: Server) -> None:
     if server.package_manager == "dnf":
-        assert "excludepkgs = nvidia*," in server.run("cat /etc/dnf/automatic.conf")
+        kept = server.run("sed -n 's/^excludepkgs = //p' /etc/dnf/automatic.conf").split(",")
+        assert {"nvidia*", "libnvidia*", "cuda*", "kernel*"} <= set(kept)
     else:
         assert "^nvidia" in server.run("apt-config dump Unattended-Upgrade::Package-Blacklist")
 
@@ -107,6 +109,26 @@ def test_an_upgrade_goes_to_the_version_that_the_inventory_names(server: Server)
     for name in server.packages:
         assert installed[name] == server.newer
     has_the_module(server, VERSION)
+
+
+@pytest.mark.usefixtures("upgraded")
+def test_a_kernel_of_el_is_tried_before_it_comes() -> None:
+    el = next(server for server in SERVERS if server.package_manager == "dnf")
+    options = ("playbooks/kernel-check.yml", f"--limit={el.name}")
+    status, said = scenario.play(*options, nvidia_driver_version=VERSION)
+    assert status != 0
+    assert "does not build for kernel 6.12.0-55.el9.noarch of k80-matrix-el9" in said
+    assert "dnf versionlock add kernel-core" in said
+    assert "Error! Your kernel headers" in said, "DKMS's own reason"
+    assert "kernel-devel-6.12" not in el.run("rpm -qa")
+
+    tried = "5.14.0-570.el9.noarch"
+    status, said = scenario.play(
+        *options, nvidia_driver_version=VERSION, nvidia_driver_kernel=tried
+    )
+    assert status == 0, said
+    assert f"Driver {VERSION} builds for kernel {tried} of {el.name}" in said
+    assert f"nvidia/{VERSION}, {tried}, x86_64: built" in el.run("dkms status")
 
 
 # Called so, and none of the driver's: the container toolkit's, and the kernel's own headers.

@@ -26,6 +26,13 @@ def test_every_kernel_has_the_module(host: Host) -> None:
         )
 
 
+def test_every_module_is_signed_by_the_key_that_secure_boot_knows(host: Host) -> None:
+    assert "already enrolled" in host.run("mokutil --test-key /var/lib/dkms/mok.pub").stdout
+    for kernel in kernels(host):
+        signer = host.check_output(f"modinfo -k {kernel} -F signer {MODULE}")
+        assert signer == "DKMS module signing key"
+
+
 def test_no_initial_ram_disk_lets_nouveau_in(host: Host) -> None:
     for kernel in kernels(host):
         image = f"/boot/initrd.img-{kernel}"

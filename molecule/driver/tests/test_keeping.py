@@ -5,7 +5,10 @@ In this order: each test leaves the server as the next one finds it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import scenario
@@ -77,10 +80,99 @@ def test_a_module_of_another_version_wants_a_reboot(host: Host) -> None:
     assert host.file("/dev/nvidia-uvm").exists
 
 
-def test_clocks_that_somebody_changed_come_back(host: Host) -> None:
-    host.check_output("nvidia-smi -i 0 -ac 2505,562")
-    code, said = play(nvidia_driver_compute_mode="exclusive_process")
+VARIABLES = "/sys/firmware/efi/efivars"
+OWNER = "605dab50-e046-4300-abb6-3dd810dd8b23"
+
+
+def test_a_key_that_secure_boot_does_not_know_is_enrolled_at_the_console(host: Host) -> None:
+    host.check_output(f"rm {VARIABLES}/MokListRT-{OWNER}")  # "reset to factory keys", say
+    for _ in range(2):  # what a run that was cut off had asked for is asked for anew
+        code, said = play()
+        assert code != 0
+        asked = re.search(r'"Enroll MOK" and enter (\d{8});', said)
+        assert asked, said
+    # Which is what the console will compare with: mokutil itself makes the same of it.
+    request = f"{VARIABLES}/MokAuth-{OWNER}"
+    salt = host.check_output(f"tail --bytes=+17 {request} | head --bytes=16")
+    host.check_output(
+        "mkdir /run/other && cp /sys/firmware/efi/efivars/S* /run/other"
+        f" && openssl passwd -6 -salt {salt} {asked[1]} | tr -d '\\n' > /run/code"
+        " && EFIVARFS_PATH=/run/other/ /usr/bin/mokutil"
+        " --import /var/lib/dkms/mok.pub --hash-file /run/code"
+        f" && cmp /run/other/MokAuth-{OWNER} {request}"
+        f" && cmp /run/other/MokNew-{OWNER} {VARIABLES}/MokNew-{OWNER}"
+    )
+    # What the console does with the right code.
+    host.check_output(
+        f"rm {request} && mv {VARIABLES}/MokNew-{OWNER} {VARIABLES}/MokListRT-{OWNER}"
+    )
+    code, said = play()
     assert code == 0, said
+
+
+@pytest.fixture
+def loaded(host: Host) -> Iterator[Callable[[str], None]]:
+    """Lets the server's kernel have modules, which are its own and no container's."""
+    host.check_output("mount -t tmpfs modules /sys/module")
+    yield lambda command: host.check_output(f"cd /sys/module && {command}")
+    host.check_output("umount /sys/module")
+
+
+@pytest.fixture
+def role(tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    """The role as on a server that loads the module; preflight would judge the kernel that runs."""
+    playbook = tmp_path / "play.yml"
+    play = {
+        "hosts": "k80_servers",
+        "vars_files": [str(scenario.ROOT / "group_vars/all/versions.yml")],
+        "roles": ["nvidia_driver"],
+    }
+    playbook.write_text(json.dumps([play]))
+    given = {
+        "preflight_dies": [{"pci_address": f"0000:0{bus}:00.0"} for bus in (5, 6)],
+        "preflight_secure_boot": True,
+        "nvidia_driver_load_module": True,
+    }
+    return lambda: scenario.play(playbook, **given)
+
+
+def test_what_runs_is_what_is_installed_and_is_kept_running(
+    host: Host, loaded: Callable[[str], None], role: Callable[..., tuple[int, str]]
+) -> None:
+    loaded("mkdir nouveau")
+    code, said = role()
+    assert code != 0
+    assert "k80-driver has to be rebooted: nouveau has the dies." in said
+
+    loaded("rmdir nouveau && mkdir nvidia && echo 470.223.02 > nvidia/version")
+    code, said = role()
+    assert code != 0
+    assert "rebooted: driver 470.223.02 runs, but 470.256.02 is installed." in said
+
+    loaded("echo 470.256.02 > nvidia/version")
+    code, said = role()
+    assert code != 0
+    assert "nvidia-persistenced of k80-driver is failed, so that the driver forgets" in said
+
+    # It finds no driver here. One that runs is taken for what it is.
+    override = "/run/systemd/system/nvidia-persistenced.service.d"
+    host.check_output(
+        f"mkdir -p {override} && printf '[Service]\nType=exec\nExecStart=\nExecStart=sleep 600\n'"
+        f" > {override}/stand-in.conf && systemctl daemon-reload"
+    )
+    code, said = role()
+    assert code == 0, said
+    host.check_output(f"rm -r {override} && systemctl daemon-reload")
+
+
+def test_clocks_that_somebody_changed_come_back_and_kernels_are_kept_away(host: Host) -> None:
+    host.check_output("nvidia-smi -i 0 -ac 2505,562")
+    code, said = play(
+        nvidia_driver_compute_mode="exclusive_process", nvidia_driver_hold_kernel=True
+    )
+    assert code == 0, said
+    blacklist = host.check_output("apt-config dump Unattended-Upgrade::Package-Blacklist")
+    assert {'"^linux-image";', '"^linux-headers";'} <= set(blacklist.split())
     query = "clocks.applications.graphics,compute_mode"
     shown = host.check_output(f"nvidia-smi --query-gpu={query} --format=csv,noheader,nounits")
     assert shown.splitlines() == ["875, Exclusive_Process"] * 2

@@ -59,6 +59,9 @@ kernels:
     module_version:
       description: Version of the module that this kernel would load; empty where there is none.
       type: str
+    signer:
+      description: Who signed that module, as Secure Boot would ask; empty where nobody did.
+      type: str
     initramfs_is_old:
       description: Whether its initial RAM disk was made before C(boot_file).
       type: bool
@@ -166,6 +169,9 @@ def main():
         program = module.get_bin_path(command[0], opt_dirs=["/usr/sbin", "/sbin"])
         return module.run_command([program, *command[1:]])[1] if program else ""
 
+    def modinfo(kernel, field):
+        return output("modinfo", "-k", kernel, "-F", field, wanted["module"]).strip()
+
     states = dkms_states(
         output("dkms", "status", "-m", wanted["dkms_name"], "-v", wanted["version"])
     )
@@ -174,9 +180,8 @@ def main():
             "kernel": kernel,
             "headers": os.path.exists(os.path.join(MODULES, kernel, "build")),
             "dkms": states.get(kernel, ""),
-            "module_version": output(
-                "modinfo", "-k", kernel, "-F", "version", wanted["module"]
-            ).strip(),
+            "module_version": modinfo(kernel, "version"),
+            "signer": modinfo(kernel, "signer"),
             "initramfs_is_old": initramfs_is_old(kernel, wanted["boot_file"]),
         }
         for kernel in installed_kernels()

@@ -1123,6 +1123,7 @@ class ActionModule(ActionBase):
         return {
             "changed": False,
             "dies": host.dies,
+            "secure_boot": bool(host.saw("system", "secure_boot")),
             "findings": [f"{host.name}: {s}" for s in told if not isinstance(s, Warn)],
             "cautions": [f"{host.name}: {s}" for s in told if isinstance(s, Warn)],
         }
