@@ -19,6 +19,7 @@ GOOD = {
     "headers": True,
     "dkms": "installed",
     "module_version": "470.256.02",
+    "signer": "DKMS module signing key",
 }
 
 
@@ -72,19 +73,22 @@ def test_two_kernels_are_told_apart(state: ModuleType) -> None:
         ({"dkms": "built", "module_version": ""}, "(it says: built)"),
         ({"dkms": "", "module_version": ""}, "(it says: nothing)"),
         ({"module_version": "535.183.01"}, "would load driver 535.183.01 instead of 470.256.02"),
+        ({"signer": ""}, "DKMS does not sign the driver for kernel 6.1.0-56-amd64"),
     ],
 )
 def test_each_fault_is_one_sentence_with_its_remedy(
     state: ModuleType, change: dict[str, object], words: str
 ) -> None:
-    told = state.fault_of(GOOD | change, "nvidia-tesla-470", "470.256.02")
+    told = state.fault_of(GOOD | change, "nvidia-tesla-470", "470.256.02", signed=True)
     assert words in told
     assert ": " in told
     assert told.endswith(".")
 
 
 def test_a_kernel_with_its_module_has_no_fault(state: ModuleType) -> None:
-    assert state.fault_of(GOOD, "nvidia-tesla-470", "470.256.02") is None
+    unsigned = GOOD | {"signer": ""}
+    for there, signed in ((GOOD, True), (GOOD, False), (unsigned, False)):
+        assert state.fault_of(there, "nvidia-tesla-470", "470.256.02", signed) is None
 
 
 def test_kernels_are_what_has_modules_of_its_own(

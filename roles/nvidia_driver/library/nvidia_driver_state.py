@@ -24,6 +24,10 @@ options:
     description: A file of which the initial RAM disks have a copy, so that they must not be older.
     type: path
     required: true
+  signed:
+    description: Whether a module that nobody has signed is a fault, as Secure Boot takes it.
+    type: bool
+    default: false
 attributes:
   check_mode:
     description: Changes nothing, ever.
@@ -121,11 +125,17 @@ def initramfs_is_old(kernel, boot_file):
     return False  # a host that boots without one, or not by itself
 
 
-def fault_of(state, name, version):
+def fault_of(state, name, version, signed):
     """What is wrong with the driver in one kernel, or nothing."""
     kernel = state["kernel"]
     if state["dkms"] == "installed" and state["module_version"] == version:
-        return None
+        if state["signer"] or not signed:
+            return None
+        return (
+            "DKMS does not sign the driver for kernel %s, so that Secure Boot lets it in by no key:"
+            " turn Secure Boot off in the BIOS setup, or have DKMS sign (mok_signing_key in"
+            " /etc/dkms/framework.conf)." % kernel
+        )
     if not state["headers"]:
         return (
             "kernel %s has no headers, so the driver cannot be built for it: install them, or"
@@ -160,6 +170,7 @@ def main():
             "module": {"type": "str", "required": True},
             "version": {"type": "str", "required": True},
             "boot_file": {"type": "path", "required": True},
+            "signed": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
@@ -186,7 +197,10 @@ def main():
         }
         for kernel in installed_kernels()
     ]
-    faults = [fault_of(state, wanted["dkms_name"], wanted["version"]) for state in kernels]
+    faults = [
+        fault_of(state, wanted["dkms_name"], wanted["version"], wanted["signed"])
+        for state in kernels
+    ]
     if not kernels:
         faults = ["there is no kernel in %s: install the distribution's." % MODULES]
     module.exit_json(
