@@ -23,6 +23,8 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from vllm_k80 import plan
+from vllm_k80.errors import UserError
 from vllm_k80.quantization import k80
 from vllm_k80.quantization.packed import group_of_kernels
 
@@ -325,6 +327,12 @@ CASES = [
     for storage in STORAGES
 ]
 
+# What `plan` knows the layers of.
+PLANNED = {
+    f"{build}ForCausalLM"
+    for build in ("Llama", "Mistral", "Qwen2", "Qwen3", "Granite", "Phi3", "Gemma2", "Gemma3")
+}
+
 # All engines one after the other in one process: importing vLLM takes longer than a tiny model.
 RUN = """
 import gc, json, os, sys, traceback
@@ -345,6 +353,8 @@ for key, options in jobs:
         runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
         parts = [p for p in runner.get_model().modules() if isinstance(p, VocabParallelEmbedding)]
         packed = {isinstance(p, ParallelLMHead): hasattr(p, "packed_weights") for p in parts}
+        tensors = [*runner.get_model().parameters(), *runner.get_model().buffers()]
+        loaded = sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
         runs = []
         for _ in range(2):
             outputs = engine.generate(prompts, sampling, use_tqdm=False)
@@ -355,9 +365,16 @@ for key, options in jobs:
                 runs[-1].append([output.num_cached_tokens, list(best.token_ids), chosen])
         vocabulary = [packed[False], packed.get(True, packed[False])]
     except Exception:
-        runs, vocabulary = traceback.format_exc(), None
-    print("RESULT " + json.dumps([key, runs, vocabulary]))
+        runs, vocabulary, loaded = traceback.format_exc(), None, 0
+    print("RESULT " + json.dumps([key, runs, vocabulary, loaded]))
 """
+
+
+def arguments_of(name: str, storage: str) -> dict[str, Any]:
+    """The engine's, for a checkpoint that is stored so."""
+    if name == "Gemma 2" and storage == "FP16":
+        return FP16_WEIGHTS
+    return STORAGES[storage][0]
 
 
 def make(family: Family, **changes: Any) -> nn.Module:
@@ -421,14 +438,15 @@ def judge(
 @pytest.fixture(scope="module")
 def results(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, str], tuple[nn.Module, Any]]:
-    """Of each selected case the reference, and of each run and prompt what the engine said."""
+) -> dict[tuple[str, str], tuple[nn.Module, Any, int, plan.Source]]:
+    """Of each selected case the reference; of each run and prompt what the engine said; the bytes
+    that the model takes in it; and what describes the checkpoint."""
     cases = [
         (item.callspec.params["name"], item.callspec.params["storage"])
         for item in request.session.items
         if item.path == request.path and hasattr(item, "callspec")
     ]
-    models, jobs = {}, []
+    models, sources, jobs = {}, {}, []
     for name, storage in cases:
         family = FAMILIES[name]
         torch.manual_seed(37)
@@ -438,28 +456,27 @@ def results(
         # A copy: narrowing would round the reference's frequencies too.
         copy.deepcopy(model).half().save_pretrained(directory)
         models[name, storage] = model
-        arguments, _ = STORAGES[storage]
-        if name == "Gemma 2" and storage == "FP16":
-            arguments = FP16_WEIGHTS
-        options = {"model": str(directory), "max_model_len": 128} | arguments | family.engine
+        sources[name, storage] = plan.source(str(directory))
+        options = {"model": str(directory), "max_model_len": 128}
+        options |= arguments_of(name, storage) | family.engine
         jobs.append([(name, storage), options])
     found = {}
-    for case, runs, vocabulary in engines.results(RUN, [jobs, PROMPTS, TOKENS]):
+    for case, runs, vocabulary, loaded in engines.results(RUN, [jobs, PROMPTS, TOKENS]):
         name, storage = case
         if storage == "W4" and vocabulary:
             # Upstream gives those of Gemma, OPT, GPT-NeoX and Falcon no quantization.
             assert vocabulary == [True, True], f"{name}: embeddings or head are not narrowed"
             narrow(models[name, storage])
-        found[name, storage] = models[name, storage], runs
+        found[name, storage] = models[name, storage], runs, loaded, sources[name, storage]
     return found
 
 
 @pytest.mark.parametrize(("name", "storage"), CASES)
 def test_tokens_are_those_of_hugging_face(
-    name: str, storage: str, results: dict[tuple[str, str], tuple[nn.Module, Any]]
+    name: str, storage: str, results: dict[tuple[str, str], tuple[nn.Module, Any, int, plan.Source]]
 ) -> None:
     family = FAMILIES[name]
-    model, runs = results[name, storage]
+    model, runs, *_ = results[name, storage]
     assert not isinstance(runs, str), runs
     _, tolerance = STORAGES[storage]
     first, again = runs
@@ -477,3 +494,26 @@ def test_tokens_are_those_of_hugging_face(
     assert [cached for cached, *_ in first] == CACHED_AT_FIRST
     assert [cached for cached, *_ in again] == CACHED_THEN
     assert [tokens for _, tokens, _ in again] == [tokens for _, tokens, _ in first]
+
+
+@pytest.mark.parametrize(("name", "storage"), CASES)
+def test_what_is_planned_is_what_is_allocated(
+    name: str, storage: str, results: dict[tuple[str, str], tuple[nn.Module, Any, int, plan.Source]]
+) -> None:
+    *_, loaded, source = results[name, storage]
+    arguments = arguments_of(name, storage)
+    settings = plan.Settings(dtype=arguments["dtype"], weights=arguments.get("quantization"))
+    if f"{FAMILIES[name].config}ForCausalLM".replace("Text", "") not in PLANNED:
+        # By the size of its files, which say nothing of what a quantization leaves alone; a
+        # vocabulary so small is padded to more than it was.
+        if storage == "FP16":
+            assert source.model(settings).loaded == pytest.approx(loaded, rel=0.15)
+            return
+        with pytest.raises(UserError, match="cannot be judged"):
+            source.model(settings)
+        return
+    planned = source.model(settings).loaded
+    if FAMILIES[name].engine:  # so short a context needs no factors for long ones
+        assert loaded < planned < 1.1 * loaded
+    else:
+        assert planned == pytest.approx(loaded, rel=0.01)

@@ -56,9 +56,27 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, st
 
 @pytest.mark.parametrize("of", models_table.MODELS, ids=lambda of: of["name"])
 def test_parameters_are_those_of_the_published_model(of: dict[str, Any]) -> None:
-    wide = model(of["config"], dtype="float")
+    config = of["config"]
+    wide = model(config, dtype="float")
+    padding = (
+        (wide.head.n - config["vocab_size"]) * wide.hidden * (1 + (wide.embedding is not None))
+    )
     rotary = wide.longest * wide.head_size
-    assert wide.loaded == 4 * (of["parameters"] + rotary)
+    if of["name"] == "Gemma 3 1B":  # two bases
+        rotary *= 2
+    if of["name"] == "Phi-4 mini":  # three quarters of a head; factors for short contexts as well
+        rotary = (wide.longest + 4096) * 96
+    assert wide.loaded == 4 * (of["parameters"] + padding + rotary)
+
+
+def test_gemma_2_is_refused_with_activations_that_vllm_refuses() -> None:
+    [gemma] = (of["config"] for of in models_table.MODELS if of["name"] == "Gemma 2 9B")
+    with pytest.raises(NotServed, match="Use --dtype float32"):
+        model(gemma, dtype="half")
+    source = plan.Source("gemma", "config.json", gemma)
+    settings = plan.as_served(source, plan.Settings())
+    assert not any(choice.dtype == "half" for choice in plan.choices(source, settings))
+    assert any(choice.weights == "int4" for choice in plan.choices(source, settings))
 
 
 def test_quantized_layers_are_counted_in_the_layout_of_the_kernels() -> None:

@@ -303,7 +303,7 @@ def test_the_table_is_of_the_kernels_that_the_baseline_is_of() -> None:
         if found := re.fullmatch(r"gemv_(w4_f16|w8_f16|f16)_m\d", kernel):
             us = predict.product_us(predict.Weight(n, k, found[1], group), m)
         elif found := re.fullmatch(r"paged_attention_f16_d128_h\d", kernel):
-            of = predict.Model("", "", "half", 0, 0, n, n // group, 128, 2, None, k)
+            of = predict.Model("", "", "half", 0, 0, n, n // group, 128, 2, 0, None, k)
             us = predict.attention_us(of, m, k)
         else:
             continue

@@ -30,11 +30,18 @@ def source(model: dict[str, Any]) -> plan.Source:
     return plan.Source(model["name"], model["source"], model["config"])
 
 
+def dtype(model: dict[str, Any]) -> str:
+    """half, but for those that are not served with it; their FP16 is of weights alone."""
+    return "float32" if "Gemma2ForCausalLM" in model["config"]["architectures"] else "half"
+
+
 def cell(model: dict[str, Any], weights: str | None) -> str:
     """Weights of a die and the longest context of one sequence, with as little as that takes."""
+    if weights is None and dtype(model) != "half":
+        weights = "fp16"
     for dies, sequences, mark in ((1, 256, ""), (1, FEW, " *"), (2, 256, " †")):
         limits = plan.Limits(sequences=sequences)
-        settings = plan.Settings(dtype="half", weights=weights, dies=dies, limits=limits)
+        settings = plan.Settings(dtype=dtype(model), weights=weights, dies=dies, limits=limits)
         result = plan.judge(source(model), settings)
         if result["largest_context"] >= CONTEXT:
             return f"{result['weights_bytes'] / 1e9:.1f} GB, {result['largest_context']:,}{mark}"
@@ -44,7 +51,7 @@ def cell(model: dict[str, Any], weights: str | None) -> str:
 def speed(model: dict[str, Any]) -> str:
     """Predicted tokens a second in INT4, and if the prediction is as wrong as it is at worst."""
     limits = plan.Limits(sequences=FEW)
-    settings = plan.Settings(context=CONTEXT, dtype="half", weights="int4", limits=limits)
+    settings = plan.Settings(context=CONTEXT, dtype=dtype(model), weights="int4", limits=limits)
     predicted = plan.judge(source(model), settings)["predicted"]
     if predicted is None:
         return ""

@@ -58,9 +58,15 @@ _VOCABULARY_PADDING = 64  # vLLM's DEFAULT_VOCAB_PADDING_SIZE
 class _Build:
     """How decoders of Llama's build differ: attention and a gated feed-forward layer, RMS norms."""
 
-    head_norms: int = 0  # norms of a head's size in a layer, beside two of the hidden size
+    norms: int = 2  # of the hidden size, in a layer
+    head_norms: int = 0  # of a head's size, in a layer
     always_bias: bool = False  # of query, key and value; else as the configuration says
     output_bias: bool = True  # attention's output has one where query, key and value have
+    stored_fused: bool = False  # query, key and value are one tensor of a checkpoint, and so on
+    windows: bool = True  # in all layers, where the configuration has one
+    tied: bool = False  # the head is the embedding, where the configuration says nothing
+    half: bool = True  # False: vLLM refuses FP16 activations (_FLOAT16_NOT_SUPPORTED_MODELS)
+    two_bases: bool = False  # of the rotary embedding: one for layers with a window
 
 
 _BUILDS = {
@@ -68,6 +74,10 @@ _BUILDS = {
     "MistralForCausalLM": _Build(),
     "Qwen2ForCausalLM": _Build(always_bias=True, output_bias=False),
     "Qwen3ForCausalLM": _Build(head_norms=2, output_bias=False),
+    "GraniteForCausalLM": _Build(),
+    "Phi3ForCausalLM": _Build(stored_fused=True),
+    "Gemma2ForCausalLM": _Build(norms=4, windows=False, tied=True, half=False),
+    "Gemma3ForCausalLM": _Build(norms=4, head_norms=2, windows=False, tied=True, two_bases=True),
     # GGUF's names. Biases are tensors there.
     "llama": _Build(),
     "qwen2": _Build(),
@@ -111,7 +121,8 @@ class Model:
     heads: int
     kv_heads: int
     head_size: int
-    norms: int  # in a layer
+    norms: int  # of the hidden size, in a layer
+    head_norms: int  # of a head's size
     window: int | None
     longest: int  # context in tokens
     layers: list[list[Weight]] = field(default_factory=list)
@@ -368,16 +379,20 @@ def _activations(config: _Config, dtype: str) -> str:
     return _CONFIG_DTYPES[stored]
 
 
-def _positions(config: _Config, longest: int) -> tuple[int, int]:
-    """The longest context, and the rows of the rotary embedding's cache.
+def _positions(config: _Config, longest: int, build: _Build) -> tuple[int, int]:
+    """The longest context, and the rows of the rotary embedding's caches.
 
-    vLLM's `_get_and_verify_max_len` and layers/rotary_embedding: these kinds of scaling lengthen
+    vLLM's `_get_and_verify_max_len` and layers/rotary_embedding: some kinds of scaling lengthen
     both, the others come with a number that is lengthened already.
     """
     scaling = config.get("rope_scaling")
     if not isinstance(scaling, dict):
-        return longest, longest
+        return longest, longest * (1 + build.two_bases)
     kind, factor = scaling.get("rope_type", scaling.get("type")), scaling.get("factor", 1.0)
+    if build.two_bases:  # Gemma 3's longest is lengthened already, and its cache once more
+        return longest, longest + int(longest * (factor if kind == "linear" else 1))
+    if kind in ("longrope", "su"):  # factors for short contexts, and for long ones
+        return longest, longest + config.size("original_max_position_embeddings", default=longest)
     if kind not in ("linear", "dynamic", "yarn") or not isinstance(factor, int | float):
         return longest, longest
     if kind == "yarn":
@@ -437,6 +452,11 @@ def of_config(
     if scheme and weights:
         raise NotServed(f"{where}: it is quantized already. Leave {weights} out.")
     activations = _activations(config, dtype)
+    if activations == "half" and not build.half:
+        raise NotServed(
+            f"{where}: vLLM refuses FP16 activations for a {architecture}: they are too narrow for "
+            f"its values. Use --dtype float32."
+        )
     element = DTYPES[activations][1]
     own = {"half": "fp16", "float": "fp32"}[activations]
 
@@ -450,8 +470,9 @@ def of_config(
     inner = _share("columns of the feed-forward layer", inner, dies, where)
     kv_heads = _key_heads(all_kv_heads, dies, where)
     rows = _share("rows of the vocabulary", _padded(vocabulary), dies, where)
-    window = config.get("sliding_window") if config.get("use_sliding_window") is not False else None
-    longest, positions = _positions(config, config.size("max_position_embeddings"))
+    windows = build.windows and config.get("use_sliding_window") is not False
+    window = config.get("sliding_window") if windows else None
+    longest, positions = _positions(config, config.size("max_position_embeddings"), build)
     linear, table = ON_THE_FLY.get(weights or "", (weights or own, own))
 
     def weight(layer: str, parts: tuple[str, ...], n: int, k: int, whole: int) -> Weight:
@@ -462,10 +483,14 @@ def of_config(
         return Weight(n, k, *_as_if(own if scheme else linear, k, where))
 
     width, keys = heads * head_size, kv_heads * head_size
+    attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    gated: tuple[str, ...] = ("gate_proj", "up_proj")
+    if build.stored_fused:
+        attention, gated = ("qkv_proj",), ("gate_up_proj",)
     shapes: tuple[tuple[str, tuple[str, ...], int, int, int], ...] = (
-        ("self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj"), width + 2 * keys, hidden, hidden),
+        ("self_attn.qkv_proj", attention, width + 2 * keys, hidden, hidden),
         ("self_attn.o_proj", ("o_proj",), hidden, width, whole_width),
-        ("mlp.gate_up_proj", ("gate_proj", "up_proj"), 2 * inner, hidden, hidden),
+        ("mlp.gate_up_proj", gated, 2 * inner, hidden, hidden),
         ("mlp.down_proj", ("down_proj",), hidden, inner, whole_inner),
     )
     layers = [
@@ -475,9 +500,9 @@ def of_config(
     biases = 2 * inner + hidden if config.get("mlp_bias") else 0
     if build.always_bias or config.get("attention_bias") or config.get("bias"):
         biases += width + 2 * keys + build.output_bias * hidden
-    in_a_layer = 2 * hidden + build.head_norms * head_size + biases
+    in_a_layer = build.norms * hidden + build.head_norms * head_size + biases
     rotary = positions * int(head_size * (config.get("partial_rotary_factor") or 1))
-    group = layers[0][0].group
+    group, tied = layers[0][0].group, config.get("tie_word_embeddings")
     return Model(
         name=name,
         format=FORMATS[layers[0][0].kind] + (f", group {group}" if group else ""),
@@ -487,13 +512,14 @@ def of_config(
         heads=heads,
         kv_heads=kv_heads,
         head_size=head_size,
-        norms=2 + build.head_norms,
+        norms=build.norms,
+        head_norms=build.head_norms,
         window=window,
         longest=longest,
         layers=layers,
         head=weight("lm_head", ("lm_head",), rows, hidden, hidden),
         embedding=None
-        if config.get("tie_word_embeddings")
+        if (build.tied if tied is None else tied)
         else Weight(rows, hidden, *_as_if(table, hidden, where)),
         rest=(count * in_a_layer + hidden + rotary) * element,
         dies=dies,
@@ -530,8 +556,9 @@ def _of_elements(
         kv_heads=_key_heads(kv_heads, dies, config.where),
         head_size=config.size("head_dim", default=hidden // heads),
         norms=0,
+        head_norms=0,
         window=None,  # not of all layers in many of them: as much as without
-        longest=_positions(config, longest)[0],
+        longest=_positions(config, longest, _Build())[0],
         layers=[[] for _ in range(count)],
         head=Weight(_padded(config.size("vocab_size")), 0, plain),
         rest=elements * element // dies,
@@ -708,7 +735,8 @@ def of_header(header: gguf_header.Header, path: Path, dtype: str, dies: int = 1)
         heads=_share("heads", heads, dies, where),
         kv_heads=kv_heads,
         head_size=head_size,
-        norms=2 + build.head_norms,
+        norms=build.norms,
+        head_norms=build.head_norms,
         window=config.get(prefix + "attention.sliding_window"),
         longest=longest,
         layers=layers,

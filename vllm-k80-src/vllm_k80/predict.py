@@ -94,8 +94,8 @@ def decode(model: Model, batch: int, context: int) -> dict[str, float]:
     """Milliseconds of a step that makes one token for each of ``batch`` sequences, by operator."""
     width, keys = model.heads * model.head_size, model.kv_heads * model.head_size
     small = [
-        *[("fused_add_rms_norm_f16", model.hidden)] * 2,
-        *[("fused_add_rms_norm_f16", width)] * (model.norms - 2),
+        *[("fused_add_rms_norm_f16", model.hidden)] * model.norms,
+        *[("fused_add_rms_norm_f16", width)] * model.head_norms,
         ("rotary_and_cache_f16", width + 2 * keys),
     ]
     # Further tokens are other blocks, which run beside the first token's: they cost memory only,
