@@ -55,8 +55,7 @@ test-servers: venv
 	@$(MAKE) test-molecule
 
 .PHONY: test-all
-test-all: test ## The same, all model families, and a server without a way out
-	@$(MAKE) test-models
+test-all: test ## The same, a fleet, and a server without a way out
 	@pytest tests -m more --capture=no
 
 .PHONY: test-fast
@@ -80,12 +79,7 @@ test-unit-fast: venv ## Those of them that take no seconds each
 .PHONY: test-package
 test-package: venv ## Tests of vllm_k80, in the Python environment of the image
 	@tools/package-env
-	@cd vllm-k80-src && ../build/py311/bin/python -m pytest -m 'not models'
-
-.PHONY: test-models
-test-models: venv ## Every proven family of models, against Hugging Face; test-package has a part of them
-	@tools/package-env
-	@cd vllm-k80-src && ../build/py311/bin/python -m pytest tests/test_models.py
+	@cd vllm-k80-src && ../build/py311/bin/python -m pytest
 
 .PHONY: test-package-fast
 test-package-fast: venv ## Those of them that start no engine and build no wheel

@@ -14,7 +14,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def pytest_configure(config: pytest.Config) -> None:
     # Here and not in pyproject.toml, which is a part of the image: tests do not change its tag.
     config.addinivalue_line("markers", "engine: starts real engines; minutes on a CPU")
-    config.addinivalue_line("markers", "models: an engine for each proven family; minutes")
     config.addinivalue_line("markers", "wheel: builds and installs the package; a minute")
 
 

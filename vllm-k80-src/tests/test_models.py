@@ -7,9 +7,6 @@ Prefill is in chunks of 16 tokens. Then the same prompts come again, from the pr
 
 The reference is Hugging Face's own model with eager attention, in FP32, on the very weights that
 the engine stores. It computes a whole sequence at once: no cache, no chunks.
-
-One engine takes seconds, all of them minutes: `make test-models`. A part is in every run, one of
-each kind of attention and of positions.
 """
 
 import copy
@@ -247,6 +244,7 @@ FAMILIES = {
             pad_token_id=0,
         ),
     ),
+    # DialoGPT too: the same class, and settings.
     "GPT-2": Family("GPT2", {"n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": 128}),
     "OPT": Family(
         "OPT",
@@ -310,22 +308,7 @@ FAMILIES = {
     ),
 }
 
-# In every run; the others take minutes more.
-ALWAYS = {
-    ("Falcon RW", "FP16"),  # ALiBi
-    ("Gemma 3", "W4"),  # windows in some layers, two bases of rotary embedding
-    ("Llama 3.1", "FP16"),  # rope scaling
-    ("Mistral", "FP16"),  # windows in all layers
-    ("OPT", "FP16"),  # learned positions, torch's own normalization
-    ("Phi-3 128k", "W4"),  # factors of long contexts
-    ("Pythia", "W4"),  # a part of each head rotated
-    ("SmolLM3", "W4"),  # through transformers' own model, layers without positions
-}
-CASES = [
-    pytest.param(name, storage, marks=() if (name, storage) in ALWAYS else pytest.mark.models)
-    for name in FAMILIES
-    for storage in STORAGES
-]
+CASES = [(name, storage) for name in FAMILIES for storage in STORAGES]
 
 # What `plan` knows the layers of.
 PLANNED = {
