@@ -4,10 +4,12 @@
 
 Makes random checkpoints in FOLDER, one after the other (up to 3 GB, removed afterwards), and prints
 a line of JSON for each: seconds of the clock and of the processor that vLLM's loader takes, imports
-aside, and by how much the process grew meanwhile, pages of mapped files included. The first start
-digests the checkpoint and writes the cache. All files are in the page cache.
+aside, by how much the process grew meanwhile at most, pages of mapped files aside, and how much of
+that is the model. The first start digests the checkpoint and writes the cache. All files are in the
+page cache.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -15,7 +17,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +159,26 @@ def _write_gguf(folder: Path, kind: str) -> None:
     writer.close()
 
 
-def _memory(field: str) -> int:
-    """MB of this process, as Linux counts them: VmRSS now, VmHWM at most."""
+def _anonymous() -> float:
+    """MB of this process that are not pages of files."""
     status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{field}:")[1].split()[0]) // 1024
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[list[float]]:
+    """Keeps in its one element the most that `_anonymous` was meanwhile."""
+    most, ended = [_anonymous()], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.002):
+            most[0] = max(most[0], _anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield most
+    ended.set()
+    thread.join()
 
 
 def load(kind: str, folder: Path) -> dict[str, dict[str, float]]:
@@ -181,16 +201,19 @@ def load(kind: str, folder: Path) -> dict[str, dict[str, float]]:
         os.environ["VLLM_K80_CACHE_GB"] = gb
         config = EngineArgs(skip_tokenizer_init=True, **options).create_engine_config()
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-        before, wall, processor = _memory("VmRSS"), time.perf_counter(), time.process_time()
-        with set_current_vllm_config(config):
+        before, wall, processor = _anonymous(), time.perf_counter(), time.process_time()
+        with _watched() as most, set_current_vllm_config(config):
             model = get_model(vllm_config=config)
+            seconds = time.perf_counter() - wall, time.process_time() - processor
+        tensors = [*model.parameters(), *model.buffers()]
+        size = sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
         found[start] = {
-            "s": round(time.perf_counter() - wall, 2),
-            "cpu_s": round(time.process_time() - processor, 2),
-            "peak_mb": _memory("VmHWM") - before,
+            "s": round(seconds[0], 2),
+            "cpu_s": round(seconds[1], 2),
+            "peak_mb": round(most[0] - before),
+            "model_mb": round(size / 2**20),
         }
-        del model, config
+        del model, config, tensors
     return found
 
 

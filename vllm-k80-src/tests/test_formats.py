@@ -13,6 +13,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.lifecycle.forward import quantize as ct_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from vllm.config import LoadConfig
@@ -79,6 +80,24 @@ def test_gptq(bits: int, group: int, symmetric: bool, act_order: bool) -> None:
     assert (packed.order is not None) == (act_order and group != -1)
     assert packed.scale.dtype == torch.float16
     torch.testing.assert_close(weight_of(packed), weight.t(), atol=0, rtol=0)
+
+
+with safe_open(Path(__file__).parent / "data/packed_by_libraries.safetensors", "pt") as file:
+    PACKED = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+@pytest.mark.parametrize("name", sorted({key.partition(".")[0] for key in PACKED}))
+def test_what_autogptq_and_autoawq_have_packed_is_what_they_unpack(name: str) -> None:
+    """To the last bit; data/make_packed_by_libraries.py has called their code."""
+    parts = [PACKED[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales")]
+    method, bits, *_ = name.split("-")
+    if method == "gptq":
+        packed = gptq.pack("layer", int(bits), *parts, PACKED[f"{name}.g_idx"])
+    else:
+        packed = awq.pack("layer", *parts)
+    theirs = PACKED[f"{name}.weight"]
+    torch.testing.assert_close(weight_of(packed)[: theirs.shape[1]], theirs.t(), atol=0, rtol=0)
+    assert len(theirs.unique()) > 100
 
 
 def test_a_zero_point_of_zero_is_stored_as_the_largest() -> None:
