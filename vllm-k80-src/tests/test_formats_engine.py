@@ -450,7 +450,7 @@ def test_two_dies_give_the_same_tokens_and_again_from_the_cache(
             }
 
 
-@pytest.mark.parametrize("name", [*FORMATS, *ON_THE_FLY, *PLAIN])
+@pytest.mark.parametrize("name", [*FORMATS, *ON_THE_FLY, *PLAIN, *GGUF_FILES])
 def test_what_is_planned_is_what_is_allocated(name: str, results: dict[str, Any]) -> None:
     *_, (loaded, cache, budget, profiled, refusal), options = results[name]
     weights = {quantization: bits for bits, quantization in plan.WEIGHTS.items()}
@@ -465,7 +465,8 @@ def test_what_is_planned_is_what_is_allocated(name: str, results: dict[str, Any]
     assert budget == pytest.approx(memory.left(model, limits), rel=0.001)
     assert profiled == 1 << 30
     if cache * 64 > 40_000:
-        assert refusal.startswith(f"{name} does not fit: one sequence of 64 tokens needs 0.00 GB")
+        shown = "model.gguf" if name in GGUF_FILES else name
+        assert refusal.startswith(f"{shown} does not fit: one sequence of 64 tokens needs 0.00 GB")
         assert refusal.endswith(
             "The nearest that fits: --dtype half (FP16 activations and KV cache)."
         )
