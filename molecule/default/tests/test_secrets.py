@@ -56,6 +56,14 @@ def test_no_image_has_it(server: Server, key: str) -> None:
         assert files_with(server, key, "root", *places) == set()
 
 
+def test_no_layer_of_an_image_or_container_has_it(server: Server) -> None:
+    """All files of all of them, large ones too, the build's own among them."""
+    layers = "find /var/lib/docker/overlay2/*/diff -xdev -type f"
+    assert "/readiness.py" in server.run(f"{layers} -name readiness.py")
+    found = server.run(f"{layers} -exec grep -lsF -e {INSTANCE_KEY} -e {USERS_KEY} {{}} + || true")
+    assert found == ""
+
+
 def test_it_is_in_files_for_root_alone(server: Server) -> None:
     places = "/etc /home /opt /root /run /srv /tmp /usr/local /var"
     found = files_with(server, INSTANCE_KEY, "root", *places.split())
