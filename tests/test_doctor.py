@@ -1099,6 +1099,22 @@ def test_the_page_is_what_the_checks_say(doctor: ModuleType) -> None:
             (0, ""),
         ),
         (xid(13), (0, ""), (0, "")),
+        # Pages that wait for a boot explain that they were retired, and not that one could not be.
+        (both(smi(1, retired_pages__pending="Yes"), xid(63)), (0, ""), (0, "")),
+        (
+            both(smi(1, retired_pages__pending="Yes"), xid(64)),
+            (2, f"xid: die {DIES[1]} reported Xid 64 (page could not be retired)"),
+            (0, ""),
+        ),
+        # What one die has done is not held against another that is told of beside it.
+        (
+            answer(
+                "journalctl",
+                "NVRM: Xid (PCI:0000:06:00): 79, it fell\nNVRM: Xid (PCI:0000:05:00): 31, a fault",
+            ),
+            (2, f"xid: die {DIES[1]} reported Xid 79 (fallen off the bus)"),
+            (0, ""),
+        ),
         # A driver that says nothing says nothing of a die.
         (
             answer("nvidia-smi", MISMATCH, 18),
@@ -1106,7 +1122,10 @@ def test_the_page_is_what_the_checks_say(doctor: ModuleType) -> None:
             (1, "die-lost: because of driver-match"),
         ),
     ],
-    ids=["well", "hot", "pages", "no docker", "ecc", "xid", "other xid", "silent driver"],
+    ids=[
+        *("well", "hot", "pages", "no docker", "ecc", "xid", "other xid", "page retired"),
+        *("page not retired", "the other's xid", "silent driver"),
+    ],
 )
 def test_a_die_that_may_compute_wrongly_is_not_to_be_trusted(
     server: Server, fault: Fault, second: tuple[int, str], first: tuple[int, str]
@@ -1136,6 +1155,13 @@ def test_a_die_that_is_lost_is_not_to_be_trusted_and_an_unknown_one_is_not_judge
     assert done.stdout.startswith(f"die-lost: the driver has lost die {DIES[1]}")
     done = server.run("--dies", "GPU-none")
     assert (done.returncode, done.stdout) == (1, "no die is known by the UUID GPU-none\n")
+
+
+def test_a_kernel_log_that_is_not_read_in_time_lets_no_die_in_again(server: Server) -> None:
+    (server.answers / "journalctl.sleep").write_text("60")
+    done = server.run("--timeout", "2", "--dies", UUIDS[0])
+    assert done.returncode == 1
+    assert done.stdout.startswith("no answer within 2 s")
 
 
 def test_status_says_why_the_doctor_keeps_requests_away(server: Server) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -372,6 +373,8 @@ def test_a_container_cannot_lead_writes_and_reads_elsewhere(
     victim.write_text("precious")
     for name in ("drained", "drained.new"):
         Path(server.instance.state, name).symlink_to(victim)
+    os.mkfifo(Path(server.instance.state, "drained-by-doctor"))
+    assert server.program.listing(server.instance)["drained_by"] == ""  # and does not wait for one
     assert server.instance.drained_by() == ""
     server.instance.drain("operator")
     assert victim.read_text() == "precious"

@@ -136,6 +136,8 @@ if flag == "-ac":
     die["clocks.applications.memory"], die["clocks.applications.graphics"] = value.split(",")
 elif flag == "-e":
     die["ecc.mode.pending"] = {{"0": "Disabled", "1": "Enabled"}}[value]
+elif flag == "-pm":
+    die["persistence_mode"] = {{"0": "Disabled", "1": "Enabled"}}[value]
 elif flag == "-c":
     die["compute_mode"] = {{"0": "Default", "3": "Exclusive_Process"}}[value]
 elif flag == "-pl" and die["uuid"] != "GPU-stubborn":
@@ -150,6 +152,7 @@ DIE = {
     "clocks.applications.graphics": "562",
     "ecc.mode.current": "Enabled",
     "ecc.mode.pending": "Enabled",
+    "persistence_mode": "Disabled",
     "compute_mode": "Default",
     "power.limit": "149.00",
 }
@@ -193,6 +196,7 @@ def test_every_setting_is_applied_and_read_back(dies: Dies) -> None:
     wanted = {
         "application_clocks": "2505,875",
         "ecc": "disabled",
+        "persistence": True,
         "compute_mode": "exclusive_process",
         "power_limit": 140,
     }
@@ -204,6 +208,7 @@ def test_every_setting_is_applied_and_read_back(dies: Dies) -> None:
     assert dies.settings(**wanted) == (0, "")
     assert dies["clocks.applications.graphics"] == ["875"]
     assert dies["ecc.mode.pending"] == ["Disabled"]
+    assert dies["persistence_mode"] == ["Enabled"]
     assert dies["compute_mode"] == ["Exclusive_Process"]
     assert dies["power.limit"] == ["140.00"]
     assert dies.settings("--check", **wanted) == (0, "")

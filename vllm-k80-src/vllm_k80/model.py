@@ -303,6 +303,8 @@ def _compressed(config: dict[str, Any]) -> _Scheme:
         return pattern in (name, "Linear")
 
     def scheme(layer: str, parts: tuple[str, ...]) -> _Integers | None:
+        if layer == "lm_head":  # vLLM quantizes linear layers alone
+            return None
         stem = layer.rpartition(".")[0]
         names = [f"{stem}.{part}" if stem else part for part in parts]
         if all(any(matches(p, name) for p in config.get("ignore") or []) for name in names):
