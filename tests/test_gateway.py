@@ -119,7 +119,8 @@ class Instance:
                     body = self.rfile.read(int(self.headers["Content-Length"]))
                 instance.seen.append({"headers": dict(self.headers), "body": body})
                 answer = {"port": instance.port, "bytes": len(body)}
-                match instance.mode:
+                mode = instance.mode  # what comes later is for later requests
+                match mode:
                     case "drop":
                         self.close_connection = True
                         self.connection.shutdown(socket.SHUT_RDWR)
@@ -153,7 +154,7 @@ class Instance:
                             event = f"data: {n}\n\n".encode()
                             self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
                             self.wfile.flush()
-                            if instance.mode == "sse":
+                            if mode == "sse":
                                 time.sleep(0.4)
                             elif not instance.turn.acquire(timeout=20):
                                 raise TimeoutError("nobody gave a turn")

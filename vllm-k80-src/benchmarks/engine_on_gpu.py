@@ -5,20 +5,25 @@ Needs vLLM 0.10.1.1, torch with CUDA and `vllm_k80/kernels/vllm_k80.fatbin` (csr
     python tests/test_smollm2.py GGUF > CPU.json          # where there is no GPU
     python benchmarks/engine_on_gpu.py shape {7b,13b} [RESULT.json]
     python benchmarks/engine_on_gpu.py smollm2 GGUF CPU.json [RESULT.json]
-    python benchmarks/engine_on_gpu.py memory {7b,13b} {k80-w4,k80-w8,k80-f16} [RESULT.json]
+    python benchmarks/engine_on_gpu.py memory MODEL {k80-w4,k80-w8,k80-f16} [RESULT.json]
     python tests/test_formats_engine.py DIRECTORY         # where transformers can dequantize
     python benchmarks/engine_on_gpu.py formats DIRECTORY [RESULT.json]
+    python benchmarks/engine_on_gpu.py families [RESULT.json]
     torchrun --nproc-per-node 2 benchmarks/engine_on_gpu.py {shape …,formats …}     # over two GPUs
 
 `shape` runs a model of Llama 2's shape with random INT4 weights in our layout, made on the device:
 there is no checkpoint, and its tokens mean nothing. `smollm2` runs a real model, with and without
 CUDA graphs, and compares its tokens with those of the CPU. `memory` compares what torch's allocator
-has given out with what `vllm-k80 plan` says. `formats` runs a tiny checkpoint of each format, the
+has given out with what `vllm-k80 plan` says, of a model of that shape or one of tools/models.json,
+with random weights. `formats` runs a tiny checkpoint of each format, the
 second time from the cache of weights, and compares its tokens with those of its dequantized twin.
+`families` runs the tiny checkpoints of all proven families (tests/test_models.py), in FP16 and in
+INT4, against Hugging Face's models in FP32 on the CPU of the same host.
 Results are added to RESULT.json. Exit status 1 if tokens or log-probabilities differ, or memory by
 more than 3 %. Times are those of this GPU, not of a K80.
 """
 
+import copy
 import ctypes
 import gc
 import json
@@ -33,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 # The engine in this very process, where its steps can be timed.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
@@ -266,22 +271,31 @@ def shape(name: str) -> tuple[dict[str, Any], bool]:
     return result, result["same_tokens"]
 
 
-def formats(directory: Path) -> tuple[dict[str, Any], bool]:
-    """Of each checkpoint whether its tokens are right, at the first start and from the cache."""
+def hold_memory() -> None:
+    """Lets engines follow each other in this process.
+
+    vLLM takes an engine for which no memory had to be asked of the driver for one whose memory
+    others have changed; torch keeps what the engine before had.
+    """
     import torch
-    from vllm import LLM, SamplingParams
 
     from vllm_k80.worker import K80Worker
 
     load, held = K80Worker.load_model, []
 
     def load_and_hold(worker: Any) -> None:
-        # vLLM takes an engine for which no memory had to be asked of the driver for one whose
-        # memory others have changed; torch keeps what the engine before had.
         held.append(torch.empty(64 << 20, dtype=torch.uint8, device=worker.device))
         load(worker)
 
     K80Worker.load_model = load_and_hold
+
+
+def formats(directory: Path) -> tuple[dict[str, Any], bool]:
+    """Of each checkpoint whether its tokens are right, at the first start and from the cache."""
+    import torch
+    from vllm import LLM, SamplingParams
+
+    hold_memory()
     jobs, expected, prompt = json.loads((directory / "jobs.json").read_text())
     result: dict[str, Any] = {"gpus": GPUS}
     with tempfile.TemporaryDirectory() as cache:
@@ -317,9 +331,68 @@ def formats(directory: Path) -> tuple[dict[str, Any], bool]:
     return result, good and entries == len(jobs)
 
 
+def families() -> tuple[dict[str, Any], bool]:
+    """Of each family and storage: whether its tokens are right, and its worst log-probability's
+    distance from the reference's."""
+    import test_models as tiny
+    import torch
+    from vllm import LLM, SamplingParams
+
+    hold_memory()
+    sampling = SamplingParams(temperature=0, max_tokens=tiny.TOKENS, ignore_eos=True, logprobs=0)
+    prompts = [{"prompt_token_ids": prompt} for prompt in tiny.PROMPTS]
+    result: dict[str, Any] = {}
+    good = True
+    for name, storage in tiny.CASES:
+        family, (_, tolerance) = tiny.FAMILIES[name], tiny.STORAGES[storage]
+        torch.manual_seed(37)
+        model = tiny.make(family)
+        tiny.fill(model)
+        with tempfile.TemporaryDirectory() as directory:
+            copy.deepcopy(model).half().save_pretrained(directory)
+            options = {"model": directory, "max_model_len": 128}
+            llm = LLM(
+                skip_tokenizer_init=True,
+                num_gpu_blocks_override=64,
+                max_num_seqs=4,
+                max_num_batched_tokens=16,
+                gpu_memory_utilization=0.2,
+                enforce_eager=True,  # torch 2.11 does not survive a second engine's graphs
+                seed=0,
+                **options | tiny.arguments_of(name, storage) | family.engine,
+            )
+        if storage == "W4":
+            tiny.narrow(model)
+        runs = [llm.generate(prompts, sampling, use_tqdm=False) for _ in range(2)]
+        worst, behind = 0.0, 0.0
+        for prompt, output in zip(tiny.PROMPTS, runs[0], strict=True):
+            [best] = output.outputs
+            tokens = list(best.token_ids)
+            said = [at[token].logprob for token, at in zip(tokens, best.logprobs, strict=True)]
+            expected, lacking = tiny.judge(family, model, prompt, tokens)
+            worst = max(worst, *(abs(a - b) for a, b in zip(said, expected, strict=True)))
+            behind = max(behind, *lacking)
+        first, again = ([list(o.outputs[0].token_ids) for o in run] for run in runs)
+        right = behind < 2 * tolerance and worst < tolerance and first == again
+        cached = [output.num_cached_tokens for output in runs[1]] == tiny.CACHED_THEN
+        good = good and right and cached
+        result[f"{name}, {storage}"] = {
+            "right": right,
+            "from_prefix_cache": cached,
+            "worst_logprob": round(worst, 5),
+        }
+        print(name, storage, result[f"{name}, {storage}"], flush=True)
+        del llm
+        gc.collect()
+        torch.cuda.empty_cache()
+    return result, good
+
+
 def memory(name: str, quantization: str) -> tuple[dict[str, Any], bool]:
     """Bytes of weights and of a token's KV cache, allocated and planned; whether they agree."""
+    import models_table
     import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
     from vllm import LLM
 
     from vllm_k80 import memory, plan
@@ -345,35 +418,37 @@ def memory(name: str, quantization: str) -> tuple[dict[str, Any], bool]:
         return int(size)
 
     def random_weights(*_: Any) -> Iterator[tuple[str, Any]]:
-        hidden, feed_forward, layers, _ = SHAPES[name]
-        shapes = {
-            **{f"self_attn.{part}_proj": (hidden, hidden) for part in "qkvo"},
-            **{f"mlp.{part}_proj": (feed_forward, hidden) for part in ("gate", "up")},
-            "mlp.down_proj": (hidden, feed_forward),
-            **{f"{part}_layernorm": (hidden,) for part in ("input", "post_attention")},
-        }
-        outer = {"model.embed_tokens": (VOCABULARY, hidden), "lm_head": (VOCABULARY, hidden)}
-        inner = {f"model.layers.{i}.{k}": v for i in range(layers) for k, v in shapes.items()}
-        for key, size in (outer | inner | {"model.norm": (hidden,)}).items():
-            yield f"{key}.weight", torch.rand(size, dtype=torch.float16)
+        config = AutoConfig.from_pretrained(directory)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        for key, part in model.named_parameters():
+            yield key, torch.rand(part.shape, dtype=torch.float16)
 
     K80ModelLoader.get_all_weights = random_weights
     K80Worker.load_model, K80Worker.determine_available_memory = load_and_look, determine_and_look
     limits = memory.Limits(tokens=CONTEXT, sequences=max(BATCHES))
+    dtype = "half"
     with tempfile.TemporaryDirectory() as directory:
-        write_config(name, Path(directory))
+        if name in SHAPES:
+            write_config(name, Path(directory))
+        else:
+            [listed] = (each for each in models_table.MODELS if each["name"] == name)
+            dtype = models_table.dtype(listed)
+            kind = listed["config"]["architectures"][0].removesuffix("ForCausalLM").lower()
+            config = {"model_type": {"gemma3": "gemma3_text"}.get(kind, kind)} | listed["config"]
+            (Path(directory) / "config.json").write_text(json.dumps(config))
         LLM(
             model=directory,
             skip_tokenizer_init=True,
             quantization=quantization,
-            dtype="float16",
+            dtype=dtype,
             max_model_len=CONTEXT,
             max_num_seqs=limits.sequences,
             max_num_batched_tokens=limits.tokens,
             enforce_eager=True,
         )
         bits = {value: key for key, value in plan.WEIGHTS.items()}[quantization]
-        settings = plan.Settings(dtype="half", weights=bits, context=CONTEXT, limits=limits)
+        settings = plan.Settings(dtype=dtype, weights=bits, context=CONTEXT, limits=limits)
         planned = plan.source(directory).model(settings)
     result["weights"].append(planned.loaded)
     # Without CUDA's context and libraries, which no allocator of torch's gives out.
@@ -461,8 +536,11 @@ def main() -> int:
             part, (result, good) = f"llama2_{name}_shape_random_int4{apart}", shape(name)
         case ["formats", directory, *file]:
             part, (result, good) = f"formats{apart}", formats(Path(directory))
-        case ["memory", ("7b" | "13b") as name, ("k80-w4" | "k80-w8" | "k80-f16") as bits, *file]:
-            part, (result, good) = f"llama2_{name}_shape_{bits}_memory", memory(name, bits)
+        case ["families", *file]:
+            part, (result, good) = "families", families()
+        case ["memory", name, ("k80-w4" | "k80-w8" | "k80-f16") as bits, *file]:
+            shown = f"llama2_{name}_shape" if name in SHAPES else name
+            part, (result, good) = f"{shown}_{bits}_memory", memory(name, bits)
         case ["smollm2", gguf, cpu, *file]:
             part, (result, good) = "smollm2", smollm2(gguf, cpu)
         case ["smollm2-engine", gguf, mode]:
