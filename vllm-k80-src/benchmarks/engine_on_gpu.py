@@ -15,15 +15,14 @@ Needs vLLM 0.10.1.1, torch with CUDA and `vllm_k80/kernels/vllm_k80.fatbin` (csr
 there is no checkpoint, and its tokens mean nothing. `smollm2` runs a real model, with and without
 CUDA graphs, and compares its tokens with those of the CPU. `memory` compares what torch's allocator
 has given out with what `vllm-k80 plan` says, of a model of that shape or one of tools/models.json,
-with random weights. `formats` runs a tiny checkpoint of each format, the
-second time from the cache of weights, and compares its tokens with those of its dequantized twin.
-`families` runs the tiny checkpoints of all proven families (tests/test_models.py), in FP16 and in
-INT4, against Hugging Face's models in FP32 on the CPU of the same host.
+with random weights. `formats` runs a tiny checkpoint of each format, the second time from the cache
+of weights, and compares its tokens with those of its dequantized twin. `families` runs the tiny
+checkpoints of all proven families (tests/test_models.py), in FP16 and in INT4, against Hugging
+Face's models in FP32 on the CPU of the same host.
 Results are added to RESULT.json. Exit status 1 if tokens or log-probabilities differ, or memory by
 more than 3 %. Times are those of this GPU, not of a K80.
 """
 
-import copy
 import ctypes
 import gc
 import json
@@ -55,6 +54,13 @@ GPUS = int(os.environ.get("WORLD_SIZE", "1"))
 TOGETHER = {
     "tensor_parallel_size": GPUS,
     "distributed_executor_backend": "external_launcher" if GPUS > 1 else None,
+}
+# Engines that follow each other in a process (`hold_memory`).
+ONE_OF_MANY: dict[str, Any] = {
+    "skip_tokenizer_init": True,
+    "gpu_memory_utilization": 0.2,
+    "enforce_eager": True,  # torch 2.11 does not survive a second engine's graphs
+    "seed": 0,
 }
 
 
@@ -305,14 +311,11 @@ def formats(directory: Path) -> tuple[dict[str, Any], bool]:
             right = []
             for _ in range(2):
                 llm = LLM(
-                    skip_tokenizer_init=True,
                     dtype="float32",  # as a K80 makes it of these; this card would take FP16
                     max_model_len=64,
                     max_num_seqs=2,
                     max_num_batched_tokens=2048,
-                    gpu_memory_utilization=0.2,
-                    enforce_eager=True,  # torch 2.11 does not survive a second engine's graphs
-                    seed=0,
+                    **ONE_OF_MANY,
                     **options,
                     **TOGETHER,
                 )
@@ -345,20 +348,14 @@ def families() -> tuple[dict[str, Any], bool]:
     good = True
     for name, storage in tiny.CASES:
         family, (_, tolerance) = tiny.FAMILIES[name], tiny.STORAGES[storage]
-        torch.manual_seed(37)
-        model = tiny.make(family)
-        tiny.fill(model)
         with tempfile.TemporaryDirectory() as directory:
-            copy.deepcopy(model).half().save_pretrained(directory)
+            model = tiny.saved(family, Path(directory))
             options = {"model": directory, "max_model_len": 128}
             llm = LLM(
-                skip_tokenizer_init=True,
                 num_gpu_blocks_override=64,
                 max_num_seqs=4,
                 max_num_batched_tokens=16,
-                gpu_memory_utilization=0.2,
-                enforce_eager=True,  # torch 2.11 does not survive a second engine's graphs
-                seed=0,
+                **ONE_OF_MANY,
                 **options | tiny.arguments_of(name, storage) | family.engine,
             )
         if storage == "W4":

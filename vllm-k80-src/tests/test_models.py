@@ -11,6 +11,7 @@ the engine stores. It computes a whole sequence at once: no cache, no chunks.
 
 import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import engines
@@ -383,6 +384,16 @@ def fill(model: nn.Module) -> None:
         part.data = part.data.half().float()
 
 
+def saved(family: Family, directory: Path) -> nn.Module:
+    """A checkpoint of the family in FP16, and the reference with its weights."""
+    torch.manual_seed(37)
+    model = make(family)
+    fill(model)
+    # A copy: narrowing would round the reference's frequencies too.
+    copy.deepcopy(model).half().save_pretrained(directory)
+    return model
+
+
 @torch.no_grad()
 def narrow(model: nn.Module) -> None:
     """Replace the weights by what `k80-w4` stores of them."""
@@ -432,13 +443,8 @@ def results(
     models, sources, jobs = {}, {}, []
     for name, storage in cases:
         family = FAMILIES[name]
-        torch.manual_seed(37)
-        model = make(family)
-        fill(model)
         directory = tmp_path_factory.mktemp("model")
-        # A copy: narrowing would round the reference's frequencies too.
-        copy.deepcopy(model).half().save_pretrained(directory)
-        models[name, storage] = model
+        models[name, storage] = saved(family, directory)
         sources[name, storage] = plan.source(str(directory))
         options = {"model": str(directory), "max_model_len": 128}
         options |= arguments_of(name, storage) | family.engine

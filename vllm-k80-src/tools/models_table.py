@@ -16,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from vllm_k80 import plan
+from vllm_k80.errors import NotServed
 
 MODELS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "models.json").read_text())
 DOCUMENT = Path(__file__).parent.parent.parent / "docs/models.md"
@@ -32,7 +33,11 @@ def source(model: dict[str, Any]) -> plan.Source:
 
 def dtype(model: dict[str, Any]) -> str:
     """half, but for those that are not served with it; their FP16 is of weights alone."""
-    return "float32" if "Gemma2ForCausalLM" in model["config"]["architectures"] else "half"
+    try:
+        source(model).model(plan.Settings(dtype="half"))
+    except NotServed:
+        return "float32"
+    return "half"
 
 
 def cell(model: dict[str, Any], weights: str | None) -> str:
