@@ -45,6 +45,19 @@ def play(
     return done.returncode, " ".join((done.stdout + done.stderr).split())
 
 
+def playbook_of(role: str, directory: Path) -> Path:
+    """A playbook in this directory that runs one role, with the project's versions."""
+    play = {
+        "hosts": "k80_servers",
+        "gather_subset": ["min"],
+        "vars_files": [str(ROOT / "group_vars/all/versions.yml")],
+        "roles": [role],
+    }
+    playbook = directory / "play.yml"
+    playbook.write_text(json.dumps([play]))
+    return playbook
+
+
 def reboot(server: str) -> None:
     """Reboots a server from inside; returns when another boot of it has begun."""
 

@@ -38,6 +38,9 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
+
+import models_table  # noqa: E402
+
 # The engine in this very process, where its steps can be timed.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
@@ -45,6 +48,8 @@ SHAPES = {  # hidden size, feed-forward size, layers, heads
     "7b": (4096, 11008, 32, 32),
     "13b": (5120, 13824, 40, 40),
 }
+# The models that `memory` takes, by name: of those shapes, and those of the table.
+LISTED: dict[str, Any] = SHAPES | {each["name"]: each for each in models_table.MODELS}
 CONTEXT, NEW_TOKENS, GROUP = 2048, 64, 128
 VOCABULARY = 32000
 BATCHES = (1, 8, 16)
@@ -387,7 +392,6 @@ def families() -> tuple[dict[str, Any], bool]:
 
 def memory(name: str, quantization: str) -> tuple[dict[str, Any], bool]:
     """Bytes of weights and of a token's KV cache, allocated and planned; whether they agree."""
-    import models_table
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from vllm import LLM
@@ -429,7 +433,7 @@ def memory(name: str, quantization: str) -> tuple[dict[str, Any], bool]:
         if name in SHAPES:
             write_config(name, Path(directory))
         else:
-            [listed] = (each for each in models_table.MODELS if each["name"] == name)
+            listed = LISTED[name]
             dtype = models_table.dtype(listed)
             kind = listed["config"]["architectures"][0].removesuffix("ForCausalLM").lower()
             config = {"model_type": {"gemma3": "gemma3_text"}.get(kind, kind)} | listed["config"]
@@ -535,7 +539,7 @@ def main() -> int:
             part, (result, good) = f"formats{apart}", formats(Path(directory))
         case ["families", *file]:
             part, (result, good) = "families", families()
-        case ["memory", name, ("k80-w4" | "k80-w8" | "k80-f16") as bits, *file]:
+        case ["memory", name, ("k80-w4" | "k80-w8" | "k80-f16") as bits, *file] if name in LISTED:
             shown = f"llama2_{name}_shape" if name in SHAPES else name
             part, (result, good) = f"{shown}_{bits}_memory", memory(name, bits)
         case ["smollm2", gguf, cpu, *file]:

@@ -50,15 +50,7 @@ class Role:
 
     def run(self, role: str, **variables: Any) -> tuple[int, int, str]:
         """Its exit status, how many tasks changed something, and all that it said."""
-        play = {
-            "hosts": "all",
-            "gather_subset": ["min"],
-            "vars_files": [str(ROOT / "group_vars/all/versions.yml")],
-            "roles": [role],
-        }
-        playbook = self.directory / "play.yml"
-        playbook.write_text(json.dumps([play]))
-        return self.play(playbook, **variables)
+        return self.play(scenario.playbook_of(role, self.directory), **variables)
 
     def play(self, playbook: Path, **variables: Any) -> tuple[int, int, str]:
         variables["ansible_connection"] = "community.docker.docker"

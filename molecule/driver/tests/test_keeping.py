@@ -5,7 +5,6 @@ In this order: each test leaves the server as the next one finds it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,13 +120,7 @@ def loaded(host: Host) -> Iterator[Callable[[str], None]]:
 @pytest.fixture
 def role(tmp_path: Path) -> Callable[..., tuple[int, str]]:
     """The role as on a server that loads the module; preflight would judge the kernel that runs."""
-    playbook = tmp_path / "play.yml"
-    play = {
-        "hosts": "k80_servers",
-        "vars_files": [str(scenario.ROOT / "group_vars/all/versions.yml")],
-        "roles": ["nvidia_driver"],
-    }
-    playbook.write_text(json.dumps([play]))
+    playbook = scenario.playbook_of("nvidia_driver", tmp_path)
     given = {
         "preflight_dies": [{"pci_address": f"0000:0{bus}:00.0"} for bus in (5, 6)],
         "preflight_secure_boot": True,
