@@ -6,6 +6,7 @@ the test's.
 
 from __future__ import annotations
 
+import csv
 import datetime
 import http.client
 import ipaddress
@@ -54,7 +55,9 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def wait_until(condition: Any, seconds: float = 10.0, what: str = "the condition") -> None:
+def wait_until(condition: Any, what: str, seconds: float = 60.0) -> None:
+    """Long enough for a machine that has much else to do: what these tests ask for is an order of
+    events, never a duration."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{what} did not hold within {seconds} s"
@@ -68,8 +71,8 @@ class Instance:
     port: int = field(default_factory=free_port)
     served_model: str = "m"
     ready: int = 200  # what GET /ready answers; 404 to a question about another model
-    # answer, drop (close before the first byte), http500, http401, slow, held (until `released`),
-    # sse, turns (sse whose next event waits for a `turn`)
+    # answer, drop (close before the first byte), http500, http401, held (until `released`, or the
+    # client leaves), sse (of 1.6 s), turns (sse whose next event waits for a `turn`)
     mode: str = "answer"
     metrics: str = ""  # what GET /metrics answers
     seen: list[dict[str, Any]] = field(default_factory=list)
@@ -128,9 +131,9 @@ class Instance:
                         self.reply(500, {"error": {"message": "engine dead"}})
                     case "http401":
                         self.reply(401, {"error": "Unauthorized"})
-                    case "slow":
+                    case "held":
                         self.connection.settimeout(0.1)
-                        for _ in range(50):
+                        while not instance.released.is_set():
                             try:
                                 gone = self.connection.recv(1) == b""
                             except TimeoutError:
@@ -141,9 +144,7 @@ class Instance:
                                 instance.client_left.set()
                                 self.close_connection = True
                                 return
-                        self.reply(200, answer)
-                    case "held":
-                        instance.released.wait(60)
+                        self.connection.settimeout(None)
                         self.reply(200, answer)
                     case "sse" | "turns":
                         self.send_response(200)
@@ -156,7 +157,7 @@ class Instance:
                             self.wfile.flush()
                             if mode == "sse":
                                 time.sleep(0.4)
-                            elif not instance.turn.acquire(timeout=20):
+                            elif not instance.turn.acquire(timeout=60):
                                 raise TimeoutError("nobody gave a turn")
                         self.wfile.write(b"0\r\n\r\n")
                     case _:
@@ -192,7 +193,7 @@ class Gateway:
         path: str = "/v1/chat/completions",
         body: bytes | Iterator[bytes] | None = b"{}",
         key: str | None = KEY,
-        timeout: float = 20,
+        timeout: float = 60,
         **headers: str,
     ) -> tuple[int, http.client.HTTPMessage, dict[str, Any]]:
         if key is not None:
@@ -209,7 +210,7 @@ class Gateway:
 
     def stream(self, body: bytes = b"{}") -> http.client.HTTPResponse:
         """An answer that has begun."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request("POST", "/v1/completions", body, {"Authorization": f"Bearer {KEY}"})
         return connection.getresponse()
 
@@ -229,6 +230,31 @@ class Gateway:
         lines = [line.split() for line in self.command("show servers state").splitlines()[2:]]
         return {line[3].partition(":")[2]: line[5] for line in lines if line and ":" in line[3]}
 
+    def used(self, of: str, figure: str = "scur") -> int:
+        """A current figure of a server (die0), of all servers (BACKEND) or of the clients' side
+        (FRONTEND): requests or connections (scur), or requests that wait (qcur)."""
+        rows = csv.DictReader(self.command("show stat")[2:].splitlines())
+        (row,) = (
+            row
+            for row in rows
+            if row["pxname"] in ("openai", "model:m") and row["svname"] in (of, f"server1:{of}")
+            if (row["pxname"] == "openai") == (of == "FRONTEND")
+        )
+        return int(row[figure])
+
+    def logged(self, answer: http.client.HTTPMessage) -> str:
+        """The log's line of an answered request. HAProxy writes it when the client has it all."""
+        found: list[str] = []
+
+        def written() -> bool:
+            lines = self.log.read_text().splitlines()
+            found[:] = [line for line in lines if answer["X-Request-Id"] in line]
+            return bool(found)
+
+        wait_until(written, "the log's line")
+        (line,) = found
+        return line
+
     def workers(self) -> int:
         """How many HAProxy has started."""
         return self.log.read_text().count("New worker")
@@ -238,7 +264,7 @@ class Gateway:
         before = self.workers()
         subprocess.run([self.config.with_name("states")], check=True)
         self.process.send_signal(signal.SIGUSR2)
-        wait_until(lambda: self.workers() > before, what="the new process")
+        wait_until(lambda: self.workers() > before, "the new process")
 
 
 def haproxy() -> str:
@@ -271,6 +297,7 @@ def play(
         "gateway_bind_address": "127.0.0.1",
         "gateway_check_interval": "200ms",
         "gateway_check_fast_interval": "100ms",
+        "gateway_check_timeout": "30s",  # a machine with much else to do is no fault here
         "__gateway_config_dir": str(folder),
         "__gateway_runtime_socket": str(folder / "admin.sock"),
         "__gateway_states_file": str(folder / "run/servers.state"),
@@ -362,11 +389,13 @@ def running(folder: Path, *instances: Instance, **overrides: Any) -> Iterator[Ga
             return s.connect_ex(("127.0.0.1", port)) == 0
 
     try:
-        wait_until(answers, what="the gateway's port")
+        wait_until(answers, "the gateway's port")
         yield started
     finally:
+        for instance in instances:
+            instance.released.set()
         process.terminate()
-        process.wait(10)
+        process.wait(60)
         for instance in instances:
             instance.stop()
 
@@ -387,7 +416,8 @@ def both(gateway: Gateway) -> Iterator[Gateway]:
         instance.ready, instance.mode = 200, "answer"
         instance.seen.clear()
         instance.client_left.clear()
-    wait_until(lambda: gateway.ready_instances() == 2, what="two ready instances")
+        instance.released.clear()
+    wait_until(lambda: gateway.ready_instances() == 2, "two ready instances")
     return gateway
 
 
@@ -422,25 +452,34 @@ def test_right_key_reaches_an_instance_with_its_key(both: Gateway) -> None:
 
 
 def test_leastconn_spreads(both: Gateway) -> None:
+    for instance in both.instances:
+        instance.mode = "held"
+    seen = [instance.seen for instance in both.instances]
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda _: both.request(), range(40)))
-    assert [status for status, _, _ in results] == [200] * 40
-    counts = [len(instance.seen) for instance in both.instances]
-    assert min(counts) >= 14, counts
+        requests = []
+        for n in range(8):
+            requests.append(pool.submit(both.request))
+            wait_until(lambda n=n: sum(map(len, seen)) > n, "the request's arrival")
+        assert [len(one) for one in seen] == [4, 4]
+        for instance in both.instances:
+            instance.released.set()
+        assert [request.result()[0] for request in requests] == [200] * 8
 
 
 def test_busy_instance_gets_less(both: Gateway) -> None:
-    busy, idle = both.instances
-    busy.mode = "slow"  # 5 s each
+    for instance in both.instances:
+        instance.mode = "held"
     with ThreadPoolExecutor(1) as pool:
         held = pool.submit(both.request)
-        wait_until(lambda: busy.seen or idle.seen, what="the request's arrival")
-        if not busy.seen:
-            held.result()
-            held = pool.submit(both.request)
-            wait_until(lambda: busy.seen, what="the next request's arrival at the other")
+        wait_until(lambda: any(i.seen for i in both.instances), "the request's arrival")
+        (busy,) = (i for i in both.instances if i.seen)
+        (idle,) = (i for i in both.instances if not i.seen)
+        idle.mode = "answer"
         for _ in range(6):
+            # A client has its answer a moment before HAProxy counts the request as ended.
+            wait_until(lambda: not both.used(f"die{both.instances.index(idle)}"), "its end")
             assert both.request()[2]["port"] == idle.port
+        busy.released.set()
         assert held.result()[0] == 200
 
 
@@ -467,7 +506,7 @@ def test_stream_is_not_buffered(both: Gateway) -> None:
     turn = threading.Semaphore(0)
     for instance in both.instances:
         instance.mode, instance.turn = "turns", turn
-    connection = http.client.HTTPConnection("127.0.0.1", both.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", both.port, timeout=60)
     connection.request("POST", "/v1/chat/completions", b"{}", {"Authorization": f"Bearer {KEY}"})
     response = connection.getresponse()
     arrived = []
@@ -481,21 +520,23 @@ def test_stream_is_not_buffered(both: Gateway) -> None:
 
 def test_client_that_leaves_ends_the_generation(both: Gateway) -> None:
     for instance in both.instances:
-        instance.mode = "slow"
-    with pytest.raises(TimeoutError):
-        both.request(timeout=0.5)
-    wait_until(lambda: any(i.client_left.is_set() for i in both.instances), 2, "the end")
+        instance.mode = "held"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: gateway\r\nAuthorization: Bearer {KEY}\r\n"
+    with socket.create_connection(("127.0.0.1", both.port)) as client:
+        client.sendall(f"{head}Content-Length: 2\r\n\r\n{{}}".encode())
+        wait_until(lambda: any(i.seen for i in both.instances), "the request's arrival")
+    wait_until(lambda: any(i.client_left.is_set() for i in both.instances), "the end")
 
 
 def test_instance_that_is_not_ready_gets_nothing(both: Gateway) -> None:
     unready, ready = both.instances
     unready.ready = 503
-    wait_until(lambda: both.ready_instances() == 1, what="the check's failure")
+    wait_until(lambda: both.ready_instances() == 1, "the check's failure")
     with ThreadPoolExecutor(4) as pool:
         assert {r[2]["port"] for r in pool.map(lambda _: both.request(), range(12))} == {ready.port}
     assert not unready.seen
     unready.ready = 200
-    wait_until(lambda: both.ready_instances() == 2, what="the instance's return")
+    wait_until(lambda: both.ready_instances() == 2, "the instance's return")
 
 
 def assert_nobody_is_ready(gateway: Gateway) -> None:
@@ -512,7 +553,7 @@ def assert_nobody_is_ready(gateway: Gateway) -> None:
 def test_all_down_is_503_with_retry_after(both: Gateway) -> None:
     both.instances[0].stop()
     both.instances[1].ready = 503
-    wait_until(lambda: both.ready_instances() == 0, what="the end of both")
+    wait_until(lambda: both.ready_instances() == 0, "the end of both")
     assert_nobody_is_ready(both)
     assert both.request(key="wrong")[0] == 401, "only who has a key learns it in /v1"
 
@@ -562,20 +603,19 @@ def test_log_names_owner_and_instance_but_no_secret(both: Gateway) -> None:
         path="/v1/completions?q=hidden", body=b'{"prompt": "a secret prompt"}'
     )
     assert status == 200
-    wait_until(lambda: answer["X-Request-Id"] in both.log.read_text(), what="the log line")
-    text = both.log.read_text()
-    (line,) = [x for x in text.splitlines() if answer["X-Request-Id"] in x]
+    line = both.logged(answer)
     assert re.search(
         r"user=anna .* path=/v1/completions model=m status=200 instance=server1:die[01] ", line
     )
+    text = both.log.read_text()
     for secret in (KEY, INSTANCE_KEY, "secret prompt", "hidden"):
         assert secret not in text
-    both.request(key="wrong-but-typed-by-someone")
+    both.logged(both.request(key="wrong-but-typed-by-someone")[1])
     assert "wrong-but" not in both.log.read_text()
 
 
 def test_statistics_on_loopback(both: Gateway) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", both.stats_port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", both.stats_port, timeout=60)
     connection.request("GET", "/metrics")
     metric = b'haproxy_server_status{proxy="model:m",server="server1:die0",state="UP"} 1'
     assert metric in connection.getresponse().read()
@@ -607,12 +647,14 @@ def test_a_request_that_arrives_over_a_reload_is_served(both: Gateway) -> None:
         b"POST /v1/completions HTTP/1.1\r\nHost: gateway\r\nContent-Length: 2\r\n",
     ]
     rest = f"Authorization: Bearer {KEY}\r\n\r\n".encode()
-    connections = [socket.create_connection(("127.0.0.1", both.port), timeout=20) for _ in heads]
+    wait_until(lambda: not both.used("FRONTEND"), "the end of what was before")
+    connections = [socket.create_connection(("127.0.0.1", both.port), timeout=60) for _ in heads]
     for connection, head in zip(connections, heads, strict=True):
         connection.sendall(head)
-    time.sleep(0.3)
+    wait_until(lambda: both.used("FRONTEND") == 2, "both connections")
+    stopped = both.log.read_text().count("Proxy openai stopped")
     both.process.send_signal(signal.SIGUSR2)
-    wait_until(lambda: b"Proxy openai stopped" in both.log.read_bytes(), what="the reload")
+    wait_until(lambda: both.log.read_text().count("Proxy openai stopped") > stopped, "the reload")
     for connection, body in zip(connections, (b"", b"{}"), strict=True):
         connection.sendall(rest + body)
         assert connection.recv(15) == b"HTTP/1.1 200 OK"
@@ -622,29 +664,30 @@ def test_a_request_that_arrives_over_a_reload_is_served(both: Gateway) -> None:
 def test_drained_instance_finishes_what_it_has(both: Gateway) -> None:
     drained, other = both.instances
     for instance in both.instances:
-        instance.mode = "sse"
+        instance.mode = "turns"
     streams = [both.stream() for _ in range(2)]
     assert [len(instance.seen) for instance in both.instances] == [1, 1]
     drained.ready = 404
-    wait_until(lambda: both.ready_instances() == 1, 1, "the drain")
+    wait_until(lambda: both.ready_instances() == 1, "the drain")
     other.mode = "answer"
     for _ in range(6):
         assert both.request()[2]["port"] == other.port
     both.reload()
     for _ in range(6):
         assert both.request()[2]["port"] == other.port
+    for instance in both.instances:
+        instance.turn.release(4)
     assert [stream.read().count(b"data:") for stream in streams] == [4, 4]
     drained.mode, drained.ready = "answer", 200
-    wait_until(lambda: both.ready_instances() == 2, 1, "the return")
-    with ThreadPoolExecutor(4) as pool:
-        ports = {answer["port"] for _, _, answer in pool.map(lambda _: both.request(), range(12))}
-    assert ports == {drained.port, other.port}
+    wait_until(lambda: both.ready_instances() == 2, "the return")
+    drained.seen.clear()
+    wait_until(lambda: both.request()[0] == 200 and drained.seen, "a request")
 
 
 def test_drained_instances_alone_get_nothing(both: Gateway) -> None:
     for instance in both.instances:
         instance.ready = 404
-    wait_until(lambda: both.ready_instances() == 0, what="the drain")
+    wait_until(lambda: both.ready_instances() == 0, "the drain")
     assert_nobody_is_ready(both)
     assert not both.instances[0].seen + both.instances[1].seen
 
@@ -661,9 +704,9 @@ def test_reload_forgets_nothing(tmp_path: Path) -> None:
     """What each server is, is known in a new process before it has asked."""
     ready, drained, unready, added = (Instance() for _ in range(4))
     drained.ready, unready.ready = 404, 503
-    with running(tmp_path, ready, drained, unready, gateway_check_interval="60s") as gateway:
+    with running(tmp_path, ready, drained, unready, gateway_check_interval="1h") as gateway:
         # A new process asks all its servers in the course of the first interval, this one at once.
-        wait_until(lambda: gateway.ready_instances() == 1, what="the first check")
+        wait_until(lambda: gateway.ready_instances() == 1, "the first check")
         for name, state in (("die1", "stopping"), ("die2", "down")):
             gateway.command(f"set server model:m/server1:{name} health {state}")
         assert gateway.states() == {"die0": UP, "die1": STOPPING, "die2": DOWN}
@@ -676,7 +719,7 @@ def test_reload_forgets_nothing(tmp_path: Path) -> None:
         assert old_port != drained.port
         ports = {"gateway_port": gateway.port, "gateway_stats_port": gateway.stats_port}
         instances = [ready, drained, unready, added]
-        render(tmp_path, instances, gateway_check_interval="60s", **ports)
+        render(tmp_path, instances, gateway_check_interval="1h", **ports)
         gateway.reload()
         assert gateway.states() == {"die0": UP, "die1": DOWN, "die2": DOWN, "die3": DOWN}
         assert str(drained.port) in gateway.command("show servers state")
@@ -700,24 +743,27 @@ def test_requests_beyond_a_keys_rate_are_429(both: Gateway) -> None:
 
 
 def test_requests_beyond_a_keys_places_are_429(tmp_path: Path) -> None:
-    instance = Instance(mode="sse")
+    instance = Instance(mode="turns")
     with running(tmp_path, instance, gateway_concurrent_requests=2) as gateway:
-        wait_until(lambda: gateway.ready_instances() == 1, what="a ready instance")
+        wait_until(lambda: gateway.ready_instances() == 1, "a ready instance")
         streams = [gateway.stream() for _ in range(2)]
         status, headers, body = gateway.request()
         assert (status, headers["Retry-After"]) == (429, "10")
         assert body["error"]["code"] == "concurrency_limit_exceeded"
+        instance.turn.release(8)
         assert [stream.read().count(b"data:") for stream in streams] == [4, 4]
-        assert gateway.stream().read().count(b"data:") == 4, "a place is free again"
+        wait_until(lambda: not gateway.used("BACKEND"), "their end")
+        instance.mode = "answer"
+        assert gateway.request()[0] == 200, "a place is free again"
 
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway that gives its one instance one request at a time, and lets two wait for 4 s."""
+    """A gateway that gives its one instance one request at a time, and lets two wait for 10 s."""
     folder = tmp_path_factory.mktemp("narrow")
     limits = {
         "gateway_instance_max_requests": 1,
-        "gateway_queue_timeout": "4s",
+        "gateway_queue_timeout": "10s",
         "gateway_queue_length": 2,
     }
     with running(folder, Instance(), **limits) as gateway:
@@ -725,35 +771,35 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
 
 
 def test_requests_wait_for_a_place(narrow: Gateway) -> None:
-    wait_until(lambda: narrow.ready_instances() == 1, what="a ready instance")
+    wait_until(lambda: narrow.ready_instances() == 1, "a ready instance")
     with ThreadPoolExecutor(3) as pool:
         results = list(pool.map(lambda _: narrow.request(), range(3)))
     assert [status for status, _, _ in results] == [200] * 3
 
 
 def test_waiting_ends_with_503_and_health_does_not_wait(narrow: Gateway) -> None:
-    wait_until(lambda: narrow.ready_instances() == 1, what="a ready instance")
+    wait_until(lambda: narrow.ready_instances() == 1, "a ready instance")
     (instance,) = narrow.instances
+    wait_until(lambda: not narrow.used("BACKEND"), "the end of what was before")
     instance.seen.clear()
     instance.mode = "held"
     with ThreadPoolExecutor(3) as pool:
         held = pool.submit(narrow.request)
         try:
-            wait_until(lambda: instance.seen, what="arrival")
-            start = time.monotonic()
+            wait_until(lambda: instance.seen, "arrival")
             waiting = [pool.submit(narrow.request) for _ in range(2)]
-            wait_until(lambda: ",2,2," in narrow.command("show stat 3 2 -1"), 3, "two that wait")
-            status, headers, body = narrow.request()
-            assert (status, headers["Retry-After"]) == (503, "10")
+            wait_until(lambda: narrow.used("BACKEND", "qcur") == 2, "two that wait")
+            status, full, body = narrow.request()
+            assert (status, full["Retry-After"]) == (503, "10")
             assert body["error"]["code"] == "queue_full"
             assert narrow.ready_instances() == 1
-            ended = [request.done() for request in waiting]
-            assert ended == [False, False], "neither a full queue nor /health waits for its end"
+            assert " queue_ms=-1 " in narrow.logged(full), "a full queue does not wait for its end"
             for request in waiting:
-                status, headers, body = request.result()
-                assert (status, headers["Retry-After"]) == (503, "10")
+                status, late, body = request.result()
+                assert (status, late["Retry-After"]) == (503, "10")
                 assert body["error"]["code"] == "no_instance_free"
-            assert time.monotonic() - start > 3.8
+                (waited,) = re.findall(r" queue_ms=(\d+) ", narrow.logged(late))
+                assert int(waited) >= 10_000
             assert not held.done()
         finally:
             instance.released.set()
@@ -780,7 +826,7 @@ def all_three(routed: Gateway) -> Gateway:
     for instance in routed.instances:
         instance.ready = 200
         instance.seen.clear()
-    wait_until(lambda: routed.ready_instances() == 3, what="three ready instances")
+    wait_until(lambda: routed.ready_instances() == 3, "three ready instances")
     return routed
 
 
@@ -808,13 +854,12 @@ def test_requests_reach_their_model(
 ) -> None:
     body = asking(written, metadata={"model": "other", "a": {"b": ["model"]}}, user="x" * 200_000)
     for _ in range(4):
-        status, _, answer = all_three.request(body=iter([body]) if chunked else body)
+        status, headers, answer = all_three.request(body=iter([body]) if chunked else body)
         assert status == 200
         assert answer["bytes"] == len(body)
     reached = {instance.served_model for instance in all_three.instances if instance.seen}
     assert reached == {model}
-    line = all_three.log.read_text().rstrip().splitlines()[-1]
-    assert f" model={model} status=200 " in line
+    assert f" model={model} status=200 " in all_three.logged(headers)
 
 
 @pytest.mark.parametrize(
@@ -848,13 +893,13 @@ def test_models_are_those_with_a_ready_instance(all_three: Gateway) -> None:
 
     assert models() == [LARGE, SMALL]
     all_three.instances[0].ready = 404
-    wait_until(lambda: all_three.ready_instances() == 2, what="the drain")
+    wait_until(lambda: all_three.ready_instances() == 2, "the drain")
     assert models() == [SMALL]
     status, _, body = all_three.request(body=asking(f'"{LARGE}"'))
     assert (status, body["error"]["code"]) == (503, "no_instance_ready")
     for instance in all_three.instances:
         instance.ready = 503
-    wait_until(lambda: all_three.ready_instances() == 0, what="the end of all")
+    wait_until(lambda: all_three.ready_instances() == 0, "the end of all")
     assert all_three.request("GET", "/v1/models", None)[0] == 503
     assert all_three.request("GET", "/v1/models", None, key=None)[0] == 401
 
@@ -864,7 +909,7 @@ def test_instance_of_another_model_leaves_its_old_one(all_three: Gateway) -> Non
     changed, _, other = all_three.instances[1], *all_three.instances[1:]
     changed.served_model = "new"
     try:
-        wait_until(lambda: all_three.ready_instances() == 2, what="its leave")
+        wait_until(lambda: all_three.ready_instances() == 2, "its leave")
         for _ in range(4):
             assert all_three.request(body=asking(f'"{SMALL}"'))[2]["port"] == other.port
     finally:
@@ -941,7 +986,7 @@ def test_tls_streams(https: tuple[Gateway, Path, int], version: str) -> None:
         done = subprocess.run([*curl, f"{url}/health"], capture_output=True, check=False)
         return b'"ready_instances":1' in done.stdout
 
-    wait_until(ready, what="a ready instance")
+    wait_until(ready, "a ready instance")
     headers = ["--header", f"Authorization: Bearer {KEY}", "--write-out", "%{http_version}"]
     lines = []
     with subprocess.Popen(
@@ -969,7 +1014,7 @@ def test_tls_versions(https: tuple[Gateway, Path, int], version: str, accepted: 
         warnings.simplefilter("ignore")
         context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
     context.set_ciphers("ALL:@SECLEVEL=0")
-    with socket.create_connection(("127.0.0.1", gateway.port), 5) as s:
+    with socket.create_connection(("127.0.0.1", gateway.port), 60) as s:
         if accepted:
             with context.wrap_socket(s, server_hostname="127.0.0.1") as wrapped:
                 cipher = wrapped.cipher()
@@ -982,7 +1027,7 @@ def test_tls_versions(https: tuple[Gateway, Path, int], version: str, accepted: 
 
 def test_plain_http_is_sent_on_to_https(https: tuple[Gateway, Path, int]) -> None:
     gateway, _, plain = https
-    connection = http.client.HTTPConnection("127.0.0.1", plain, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", plain, timeout=60)
     connection.request("POST", "/v1/completions?a=b", b"{}")
     response = connection.getresponse()
     assert response.status == 308

@@ -626,11 +626,11 @@ def test_a_probe_that_hangs_or_breaks_is_told(server: Path, judge: Judge) -> Non
 def test_probes_run_beside_each_other_with_a_limit(k80_host: ModuleType) -> None:
     started = time.monotonic()
     answers, silent = k80_host.run_probes(
-        {"quick": (str, 1), "hangs": (time.sleep, 60), "breaks": (int, "x")}, 0.2
+        {"quick": (str, 1), "hangs": (time.sleep, 60), "breaks": (int, "x")}, 2
     )
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     assert answers == {"quick": "1"}
-    assert silent["hangs"] == "no answer within 0 s"
+    assert silent["hangs"] == "no answer within 2 s"
     assert silent["breaks"].startswith("ValueError: ")
 
 
