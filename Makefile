@@ -40,7 +40,7 @@ demo-clean: venv ## Remove the demo's server, its built image and its keys
 
 # The package's tests keep one core busy for ten minutes: what comes after the quick checks need not wait for them.
 .PHONY: test
-test: venv ## Checks, tests and the main scenarios (needs Docker; about an hour)
+test: venv ## Checks, tests and the main scenario (needs Docker; under 40 minutes)
 	@$(MAKE) --jobs=2 test-package-apart test-servers
 
 # What it says is shown when it has ended, not between the lines of the others.
@@ -54,8 +54,12 @@ test-servers: venv
 	@$(MAKE) test-unit
 	@$(MAKE) test-molecule
 
+.PHONY: test-hosts
+test-hosts: venv ## The driver, other distributions and the CUDA toolkit, on emulated servers (20 minutes)
+	@pytest tests -m hosts --capture=no
+
 .PHONY: test-all
-test-all: test ## The same, a fleet, and a server without a way out
+test-all: test test-hosts ## Both, a fleet, and a server without a way out
 	@pytest tests -m more --capture=no
 
 .PHONY: test-fast
@@ -87,8 +91,8 @@ test-package-fast: venv ## Those of them that start no engine and build no wheel
 	@cd vllm-k80-src && ../build/py311/bin/python -m pytest -m 'not engine and not wheel'
 
 .PHONY: test-molecule
-test-molecule: venv ## The molecule scenarios, on an emulated server
-	@pytest tests -m 'molecule and not more' --capture=no
+test-molecule: venv ## The main scenario, on an emulated server
+	@pytest tests -m main --capture=no
 
 .PHONY: test-reliability
 test-reliability: venv ## A fleet under load while things break, twice each: renews docs/reliability.md (about an hour)
