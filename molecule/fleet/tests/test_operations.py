@@ -153,9 +153,8 @@ def test_a_server_is_rebooted_unless_it_is_ill(under_load: UnderLoad, broken_die
     assert under_load(reboot, detected=fewer(2), mend=mend).cut == 0
 
 
-def test_a_server_is_removed_and_added(under_load: UnderLoad) -> None:
-    gone = SERVERS[-1]
-    # Beside the other, for the same variables.
+def inventory_without(gone: str) -> Path:
+    """An inventory beside the other, for the same variables."""
     without = INVENTORY_FILE.with_name("without.yml")
     fewer_hosts = {
         group: content | {"hosts": {h: v for h, v in content["hosts"].items() if h != gone}}
@@ -163,16 +162,51 @@ def test_a_server_is_removed_and_added(under_load: UnderLoad) -> None:
         if "hosts" in content
     }
     without.write_text(yaml.safe_dump(fewer_hosts))
+    return without
+
+
+def test_a_server_is_removed_and_added(under_load: UnderLoad) -> None:
+    """With all that was put there, so that it comes back to a bare one."""
+    gone = SERVERS[-1]
+    without = inventory_without(gone)
+    also = "models,container-toolkit,docker"
 
     def remove() -> None:
-        good("teardown.yml", f"--limit={gone}", teardown=True)
+        good("teardown.yml", f"--limit={gone}", teardown=True, teardown_also=also)
         good("../site.yml", inventory=without)
 
     def add() -> None:
-        assert on(gone, "ls /etc/systemd/system/vllm-k80* 2> /dev/null || true") == ""
+        there = "ls /etc/systemd/system/vllm-k80* /var/lib/vllm-k80 /etc/vllm-k80 2> /dev/null"
+        assert on(gone, f"{there} || true") == ""
+        packages = on(gone, "dpkg-query --show --showformat '${Package} ${db:Status-Status}\\n'")
+        for package in ("docker.io", "nvidia-container-toolkit"):
+            assert f"{package} installed" not in packages
         good("../site.yml")
 
     try:
         assert under_load(remove, detected=fewer(2), mend=add).cut == 0
     finally:
         without.unlink()
+
+
+def test_a_gateway_is_removed_and_added(under_load: UnderLoad) -> None:
+    """Users who ask it go to the other; streams through it end with it."""
+    gone = GATEWAYS[-1]
+    without = inventory_without(gone)
+    held = set(containers())
+
+    def remove() -> None:
+        good("teardown.yml", f"--limit={gone}", teardown=True)
+        good("../site.yml", inventory=without)
+
+    def add() -> None:
+        assert on(gone, "ls -d /etc/haproxy /usr/sbin/haproxy 2> /dev/null || true") == ""
+        for server in SERVERS:
+            assert ADDRESSES[gone] not in on(server, "nft list ruleset")
+        good("../site.yml")
+
+    try:
+        under_load(remove, detected=lambda ready: None in ready, mend=add)
+    finally:
+        without.unlink()
+    assert containers() == held, "instances do not notice"

