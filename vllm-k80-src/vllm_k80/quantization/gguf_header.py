@@ -7,7 +7,7 @@ keeps each word of a vocabulary, and takes a minute for a large one.
 
 import struct
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from vllm_k80.errors import UserError
 
@@ -92,7 +92,7 @@ class _Damaged(ValueError):
 
 
 class _Reader:
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self.file = file
 
     def bytes(self, count: int) -> bytes:
@@ -164,7 +164,7 @@ def read(path: Path) -> Header:
         raise UserError(f"{path}: {error.strerror}.") from None
 
 
-def read_from(file: BinaryIO, name: str) -> Header:
+def read_from(file: IO[bytes], name: str) -> Header:
     """The header of an open GGUF file, of which no more is read; name and errors as of `read`."""
     try:
         if file.read(4) != b"GGUF":
