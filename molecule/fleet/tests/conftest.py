@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -31,6 +35,9 @@ RELIABILITY = "RELIABILITY" in os.environ
 # What was measured on these servers, in all runs of these tests since they were made.
 MEASURED = INVENTORY_FILE.parents[1] / "reliability.json"
 ROWS = pytest.StashKey[list[report.Row]]()
+# Of any change of these, an instance makes a new container.
+CONTAINERS = "docker ps --no-trunc --quiet"
+ECC_ERRORS = "/etc/k80-emulator/dies/0000:05:00.0/ecc.errors.uncorrected.volatile.total"
 VARIABLES = ROOT / "molecule" / "fleet" / "inventory" / "group_vars" / "k80_fleet.yml"
 
 
@@ -49,6 +56,61 @@ def on(host: str, command: str) -> str:
     result = testinfra.get_host(f"docker://{host}").run("bash -c %s", command)
     assert result.rc == 0, f"{host}: {command}: {result.stderr}{result.stdout}"
     return str(result.stdout.strip())
+
+
+@contextmanager
+def started(playbook: str | Path, **variables: object) -> Iterator[subprocess.Popen[bytes]]:
+    """A playbook that runs, in a session of its own."""
+    with subprocess.Popen(
+        [
+            Path(sys.executable).with_name("ansible-playbook"),
+            f"--inventory={INVENTORY_FILE}",
+            f"--extra-vars={json.dumps(variables)}",
+            playbook,
+        ],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as ansible:
+        yield ansible
+
+
+def end(ansible: subprocess.Popen[bytes], how: signal.Signals) -> None:
+    """Ends it as a key of the terminal does (SIGINT), or with its machine (SIGKILL).
+
+    Its workers have sessions of their own, which no terminal knows.
+    """
+    running = [ansible.pid]
+    for pid in running:
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            running += map(int, children.read_text().split())
+    for pid in running if how == signal.SIGKILL else []:
+        with suppress(ProcessLookupError):
+            os.kill(pid, how)
+    with suppress(ProcessLookupError):
+        os.killpg(ansible.pid, how)
+
+
+@contextmanager
+def command_lines() -> Iterator[set[str]]:
+    """All that is seen meanwhile, here and on the servers, whose processes are this machine's."""
+    seen: set[str] = set()
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.05):
+            for file in Path("/proc").glob("[0-9]*/cmdline"):
+                with suppress(OSError):
+                    seen.add(file.read_text(errors="replace"))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
 
 
 @dataclass

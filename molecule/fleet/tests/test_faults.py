@@ -5,9 +5,20 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
-from conftest import ADDRESSES, GATEWAYS, INSTANCES, SERVERS, Fault, Ready, on
+from conftest import (
+    ADDRESSES,
+    CONTAINERS,
+    ECC_ERRORS,
+    GATEWAYS,
+    INSTANCES,
+    SERVERS,
+    Fault,
+    Ready,
+    on,
+)
 
 UnderLoad = Callable[..., Fault]
 STATE = "/var/lib/vllm-k80/instances"
@@ -16,6 +27,14 @@ STATE = "/var/lib/vllm-k80/instances"
 def fewer(by: int) -> Callable[[Ready], bool]:
     """All gateways are without so many instances."""
     return lambda ready: all(count is not None and count <= INSTANCES - by for count in ready)
+
+
+def wait_for_requests(server: str) -> None:
+    """Until a gateway has some under way at each of the server's instances."""
+    ask = "echo 'show servers conn' | socat - /run/haproxy/admin.sock | awk '/{}:/ {{print $7}}'"
+    deadline = time.monotonic() + 30
+    while not all(map(int, on(GATEWAYS[0], ask.format(server)).split())):
+        assert time.monotonic() < deadline, "it gets no requests"
 
 
 def docker(*arguments: str) -> None:
@@ -39,11 +58,17 @@ def test_dockerd_is_killed(under_load: UnderLoad) -> None:
 
 @pytest.mark.full
 def test_a_host_is_powered_off(under_load: UnderLoad) -> None:
+    """In mid-stream, as far as that can be chosen: both of its instances are at work."""
+
+    def power_off() -> None:
+        wait_for_requests(SERVERS[1])
+        docker("kill", SERVERS[1])
+
     def power_on() -> None:
         time.sleep(30)  # by then all that waited for it must have gone elsewhere
         docker("start", SERVERS[1])
 
-    under_load(lambda: docker("kill", SERVERS[1]), detected=fewer(2), mend=power_on)
+    under_load(power_off, detected=fewer(2), mend=power_on)
 
 
 @pytest.mark.full
@@ -52,11 +77,14 @@ def test_a_host_is_rebooted(under_load: UnderLoad) -> None:
 
 
 @pytest.mark.full
-def test_a_die_is_lost(under_load: UnderLoad) -> None:
-    """nvidia-smi does not list it, its node is gone, and so is the engine that had it."""
+@pytest.mark.parametrize("how", ["its node is gone", "nvidia-smi fails"])
+def test_a_die_is_lost(under_load: UnderLoad, how: str) -> None:
+    """And so is the engine that had it."""
     lost = "/etc/k80-emulator/dies/0000:06:00.0/lost"
-    lose = f"touch {lost}; rm /dev/nvidia1; docker kill vllm-k80-die1"
+    lose = f"touch {lost}; docker kill vllm-k80-die1"
     find = f"rm {lost}; nvidia-modprobe -c 1"
+    if how == "its node is gone":
+        lose = f"rm /dev/nvidia1; {lose}"
 
     def mend() -> None:
         time.sleep(10)
@@ -68,13 +96,20 @@ def test_a_die_is_lost(under_load: UnderLoad) -> None:
 @pytest.mark.full
 def test_a_die_has_memory_errors(under_load: UnderLoad) -> None:
     """Its instance goes on generating: k80-doctor has it drained, and let in again."""
-    errors = "/etc/k80-emulator/dies/0000:05:00.0/ecc.errors.uncorrected.volatile.total"
+    server = SERVERS[1]
+    before = on(server, CONTAINERS)
 
     def mend() -> None:
         time.sleep(10)
-        on(SERVERS[1], f"rm {errors}")
+        assert "drained by k80-doctor" in on(server, "k80-instance list")
+        on(server, f"rm {ECC_ERRORS}")
 
-    under_load(lambda: on(SERVERS[1], f"echo 2 > {errors}"), detected=fewer(1), mend=mend)
+    try:
+        ill = partial(on, server, f"echo 2 > {ECC_ERRORS}")
+        assert under_load(ill, detected=fewer(1), mend=mend).cut == 0
+    finally:
+        on(server, f"rm --force {ECC_ERRORS}")
+    assert on(server, CONTAINERS) == before
 
 
 @pytest.mark.full

@@ -1,95 +1,125 @@
-"""An image that is on its builder gets to the other servers: in parts, or by way of a registry."""
+"""An image that its builder has gets to the other servers: in parts, or by way of a registry."""
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import ADDRESSES, GATEWAYS, SERVERS, on
-from scenario import ROOT, play, playbook_of
+from conftest import ADDRESSES, GATEWAYS, SERVERS, end, on, started
+from scenario import play, playbook_of
 
 pytestmark = pytest.mark.full
 BUILDER, *OTHERS = SERVERS
-# Images of a few more parts, so that there is a middle to be interrupted in.
-FROM_BUILDER = {"vllm_image_archive": "", "vllm_image_builder": BUILDER, "__vllm_image_part_mb": 5}
+RECEIVER = OTHERS[0]
 PARTS = "/var/lib/vllm-k80/image/parts"
 REGISTRY = "127.0.0.1:5000"  # without TLS, which Docker allows to addresses of its own machine
 
 
-@pytest.fixture
-def built(tmp_path: Path) -> Iterator[tuple[Path, str, str]]:
-    """A playbook that brings images, and the name and ID of one that its builder has built.
+@dataclass
+class Built:
+    """An image that the builder alone has: by name that of the sources here."""
 
-    The name is that of the sources here, the content the stand-in's.
-    """
-    code, said = play("playbooks/image-tag.yml", vllm_image_archive="")
+    name: str
+    id: str
+    playbook: Path
+    variables: dict[str, Any]
+
+    def bring(self, **more: object) -> str:
+        code, said = play(self.playbook, **self.variables | more)
+        assert code == 0, said
+        return said
+
+    def there(self) -> list[bool]:
+        """Which of the servers have it; none has another of that name."""
+        ids = [on(server, f"docker images --quiet --no-trunc {self.name}") for server in SERVERS]
+        assert set(ids) <= {"", self.id}
+        return [bool(found) for found in ids]
+
+    def assert_nothing_is_left_to_do(self) -> None:
+        recap = self.bring().rpartition("PLAY RECAP")[2]
+        assert re.findall(r"(\S+) : ok=\d+ changed=(\d+)", recap) == [(s, "0") for s in SERVERS]
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Iterator[Built]:
+    variables = {
+        "vllm_image_archive": "",
+        "vllm_image_builder": BUILDER,
+        "vllm_image_base_image": "vllm-k80-base:debian12",  # as of the inventory
+        "vllm_image_cache": str(tmp_path / "cache"),
+        "__vllm_image_part_mb": 5,  # more parts, so that there is a middle to be interrupted in
+    }
+    code, said = play("playbooks/image-tag.yml", **variables)
+    named = re.search(r"vllm_image_reference: (vllm-k80:[0-9a-f]+)", said)
     assert code == 0, said
-    name = said.partition('"vllm_image_reference": "')[2].partition('"')[0]
-    assert name.startswith("vllm-k80:"), said
-    on(BUILDER, f"docker tag $(docker inspect --format '{{{{.Image}}}}' vllm-k80-die0) {name}")
-    playbook = playbook_of("vllm_image", tmp_path)
-    yield playbook, name, image(BUILDER, name)
+    assert named, said
+    name = named[1]
+    # The stand-in with another label is an image that no server has had.
+    build = """
+        base=$(docker inspect --format '{{.Config.Image}}' vllm-k80-die0)
+        printf 'FROM %%s\\nLABEL made=%%s\\n' $base $(date +%%s%%N) | docker build --tag %s - >&2
+        docker images --quiet --no-trunc %s
+    """
+    image = Built(
+        name, on(BUILDER, build % (name, name)), playbook_of("vllm_image", tmp_path), variables
+    )
+    assert image.there() == [True, *(False for _ in OTHERS)]
+    yield image
     # The fleet's own image is the current one again, and the other is gone.
-    code, said = play(playbook)
+    code, said = play(image.playbook)
     assert code == 0, said
     for server in SERVERS:
         on(server, f"docker image rm {name} || true")
 
 
-def image(server: str, name: str) -> str:
-    return on(server, f"docker image inspect --format '{{{{.Id}}}}' {name} 2> /dev/null || true")
-
-
-def recap(said: str, server: str, figure: str) -> int:
-    """A figure of the last lines of a run, which has these for each host."""
-    line = said.rpartition("PLAY RECAP")[2].partition(f"{server} ")[2]
-    return int(line.partition(f"{figure}=")[2].split()[0])
-
-
-def test_parts_are_sent_once(built: tuple[Path, str, str]) -> None:
-    """The run is killed while they are copied; the next goes on, and knows a damaged one."""
-    playbook, name, wanted = built
-    others = ",".join(OTHERS)
-    with subprocess.Popen(
-        [
-            Path(sys.executable).with_name("ansible-playbook"),
-            f"--inventory={os.environ['MOLECULE_INVENTORY_FILE']}",
-            f"--extra-vars={json.dumps(FROM_BUILDER)}",
-            playbook,
-        ],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as ansible:
-        while "part-0002" not in on(OTHERS[0], f"ls {PARTS}/* 2> /dev/null || true"):
+def test_parts_are_sent_once(built: Built) -> None:
+    """The machine that sends them goes away meanwhile; the next run goes on, and sees damage."""
+    with started(built.playbook, **built.variables) as ansible:
+        while "part-0002" not in on(RECEIVER, f"ls {PARTS}/*/ 2> /dev/null || true"):
             assert ansible.poll() is None, "it ended before it could be interrupted"
             time.sleep(0.1)
-        os.killpg(ansible.pid, signal.SIGKILL)
-    assert image(OTHERS[0], name) == ""
-    on(OTHERS[0], f"printf x | dd of=$(ls -d {PARTS}/*)/part-0001 conv=notrunc status=none")
+        end(ansible, signal.SIGKILL)
+    time.sleep(1)
+    came = on(RECEIVER, f"ls {PARTS}/*/").split()
+    assert built.there() == [True, *(False for _ in OTHERS)]
+    on(RECEIVER, f"printf x | dd of=$(ls -d {PARTS}/*)/part-0001 conv=notrunc status=none")
+    (cache,) = Path(built.variables["vllm_image_cache"]).glob("sha256-*")
+    fetched = {part.name: part.stat().st_mtime_ns for part in cache.glob("part-*")}
+    assert set(came) < set(fetched), "all had been sent"
 
-    code, said = play(playbook, f"--limit={others}", **FROM_BUILDER)
-    assert code == 0, said
-    assert f"ok: [{OTHERS[0]}] => (item=part-0000)" in said
-    assert f"changed: [{OTHERS[0]}] => (item=part-0001)" in said
-    assert "(item=part-0003)" in said, "the image has too few parts for this test"
-    assert f"changed: [{OTHERS[0]} -> {BUILDER}] => (item=part-" not in said, "fetched twice"
-    assert {image(server, name) for server in SERVERS} == {wanted}
-    assert on(OTHERS[0], f"ls {PARTS} 2> /dev/null || true") == ""
+    said = built.bring()
+    words = re.findall(rf"(ok|changed): \[{RECEIVER}\] => \(item=(part-\d+)\)", said)
+    sent = {part: word for word, part in words}
+    assert sent.keys() == fetched.keys()
+    for part, word in sent.items():
+        assert word == ("ok" if part in came and part != "part-0001" else "changed"), part
+    assert fetched == {part.name: part.stat().st_mtime_ns for part in cache.glob("part-*")}
+    assert all(built.there())
+    assert on(RECEIVER, f"ls {PARTS} 2> /dev/null || true") == ""
+    built.assert_nothing_is_left_to_do()
 
-    code, said = play(playbook, **FROM_BUILDER)
-    assert code == 0, said
-    assert [recap(said, server, "changed") for server in SERVERS] == [0] * len(SERVERS)
+
+def test_an_archive_of_what_a_builder_has_sent(built: Built, tmp_path: Path) -> None:
+    """The same image by both ways, whose parts are not each other's."""
+    built.bring()
+    archive = tmp_path / "image.tar"
+    with archive.open("wb") as file:
+        save = ["docker", "exec", BUILDER, "docker", "save", built.name]
+        subprocess.run(save, check=True, stdout=file)
+    for way in ({"vllm_image_archive": str(archive)}, {}):
+        on(RECEIVER, f"docker image rm {built.name}")
+        built.bring(**way)
+        assert all(built.there())
 
 
 @contextmanager
@@ -102,36 +132,36 @@ def registry() -> Iterator[None]:
         "http": {"addr": ":5000"},
     }
     start = "systemd-run --collect --unit test-registry docker-registry serve /srv/registry.yml"
-    proxy = "/lib/systemd/systemd-socket-proxyd"
-    on(gateway, "apt-get install -qq -y --no-install-recommends docker-registry > /dev/null")
-    on(gateway, "systemctl disable --quiet --now docker-registry")
-    on(gateway, f"echo {shlex.quote(json.dumps(config))} > /srv/registry.yml; {start}")
-    for server in SERVERS:
-        on(
-            server,
-            "systemd-run --collect --unit test-registry"
-            f" --socket-property=ListenStream={REGISTRY} {proxy} {ADDRESSES[gateway]}:5000",
-        )
-    yield
-    for server in SERVERS:
-        on(server, "systemctl stop test-registry.socket test-registry.service")
-    on(gateway, "systemctl stop test-registry; apt-get purge -qq -y docker-registry > /dev/null")
-    on(gateway, "rm -rf /srv/registry /srv/registry.yml")
+    try:
+        on(gateway, "apt-get install -qq -y --no-install-recommends docker-registry > /dev/null")
+        on(gateway, "systemctl disable --quiet --now docker-registry")
+        on(gateway, f"echo {shlex.quote(json.dumps(config))} > /srv/registry.yml; {start}")
+        for server in SERVERS:
+            on(
+                server,
+                "systemd-run --collect --unit test-registry"
+                f" --socket-property=ListenStream={REGISTRY}"
+                f" /lib/systemd/systemd-socket-proxyd {ADDRESSES[gateway]}:5000",
+            )
+        yield
+    finally:
+        for server in SERVERS:
+            on(server, "systemctl stop test-registry.socket test-registry.service || true")
+        on(gateway, "systemctl stop test-registry || true; rm -rf /srv/registry*")
+        on(gateway, "apt-get purge -qq -y docker-registry > /dev/null")
 
 
-def test_a_registry_is_the_way(built: tuple[Path, str, str]) -> None:
-    playbook, name, wanted = built
-    by_registry = FROM_BUILDER | {"vllm_image_registry": f"{REGISTRY}/vllm-k80"}
-    code, said = play(playbook, **by_registry)
+def test_a_registry_is_the_way(built: Built) -> None:
+    name = f"{REGISTRY}/vllm-k80"
+    by_registry = built.variables | {"vllm_image_registry": name}
+    code, said = play(built.playbook, **by_registry)
     assert code != 0
-    assert f"{BUILDER} cannot push the image to {REGISTRY}/vllm-k80" in said
+    assert f"{BUILDER} cannot push the image to {name} (vllm_image_registry)" in said
+    built.variables = by_registry
     with registry():
-        code, said = play(playbook, **by_registry)
-        assert code == 0, said
-    assert {image(server, name) for server in SERVERS} == {wanted}
+        built.bring()
+    assert all(built.there())
     for server in SERVERS:
-        assert REGISTRY not in on(server, "docker image ls"), "under one name it goes"
-    # Nobody asks a registry for what is here.
-    code, said = play(playbook, **by_registry)
-    assert code == 0, said
-    assert [recap(said, server, "changed") for server in SERVERS] == [0] * len(SERVERS)
+        assert REGISTRY not in on(server, "docker images"), "under one name it goes"
+    assert not list(Path(built.variables["vllm_image_cache"]).glob("sha256-*")), "not by parts"
+    built.assert_nothing_is_left_to_do()  # nobody asks a registry for what is here

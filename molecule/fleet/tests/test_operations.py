@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ADDRESSES, GATEWAYS, INVENTORY, INVENTORY_FILE, SERVERS, Fault, on
+from conftest import (
+    ADDRESSES,
+    CONTAINERS,
+    ECC_ERRORS,
+    GATEWAYS,
+    INSTANCES,
+    INVENTORY,
+    INVENTORY_FILE,
+    SERVERS,
+    URLS,
+    VARIABLES,
+    Fault,
+    on,
+)
 from scenario import play
 from test_faults import fewer
 
 UnderLoad = Callable[..., Fault]
 pytestmark = pytest.mark.full
-# Of any change of these, an instance makes a new container.
-CONTAINERS = "docker ps --no-trunc --quiet"
 KEY = "molecule-only-instance-key-0001"
 
 
@@ -51,9 +64,6 @@ def test_all_instances_are_restarted(under_load: UnderLoad) -> None:
     before = containers()
     assert under_load(partial(good, "restart.yml")).cut == 0
     assert not before & containers()
-
-
-ECC_ERRORS = "/etc/k80-emulator/dies/0000:05:00.0/ecc.errors.uncorrected.volatile.total"
 
 
 @pytest.fixture
@@ -153,8 +163,9 @@ def test_a_server_is_rebooted_unless_it_is_ill(under_load: UnderLoad, broken_die
     assert under_load(reboot, detected=fewer(2), mend=mend).cut == 0
 
 
-def inventory_without(gone: str) -> Path:
-    """An inventory beside the other, for the same variables."""
+@contextmanager
+def inventory_without(gone: str) -> Iterator[Path]:
+    """One beside the other, for the same variables. Whatever happens, the host is back after it."""
     without = INVENTORY_FILE.with_name("without.yml")
     fewer_hosts = {
         group: content | {"hosts": {h: v for h, v in content["hosts"].items() if h != gone}}
@@ -162,17 +173,26 @@ def inventory_without(gone: str) -> Path:
         if "hosts" in content
     }
     without.write_text(yaml.safe_dump(fewer_hosts))
-    return without
+    try:
+        yield without
+    except BaseException:
+        play("site.yml")
+        raise
+    finally:
+        without.unlink()
 
 
 def test_a_server_is_removed_and_added(under_load: UnderLoad) -> None:
     """With all that was put there, so that it comes back to a bare one."""
     gone = SERVERS[-1]
-    without = inventory_without(gone)
-    also = "models,container-toolkit,docker"
+    fetched = "/var/lib/vllm-k80/models/one/file"
+    clear = partial(good, "teardown.yml", f"--limit={gone}", teardown=True)
 
     def remove() -> None:
-        good("teardown.yml", f"--limit={gone}", teardown=True, teardown_also=also)
+        on(gone, f"install -D /dev/null {fetched}")
+        clear()
+        on(gone, f"test -e {fetched} && docker version")
+        clear(teardown_also="models,driver,container-toolkit,docker")
         good("../site.yml", inventory=without)
 
     def add() -> None:
@@ -183,17 +203,14 @@ def test_a_server_is_removed_and_added(under_load: UnderLoad) -> None:
             assert f"{package} installed" not in packages
         good("../site.yml")
 
-    try:
+    with inventory_without(gone) as without:
         assert under_load(remove, detected=fewer(2), mend=add).cut == 0
-    finally:
-        without.unlink()
 
 
 def test_a_gateway_is_removed_and_added(under_load: UnderLoad) -> None:
     """Users who ask it go to the other; streams through it end with it."""
     gone = GATEWAYS[-1]
-    without = inventory_without(gone)
-    held = set(containers())
+    before = containers()
 
     def remove() -> None:
         good("teardown.yml", f"--limit={gone}", teardown=True)
@@ -205,8 +222,35 @@ def test_a_gateway_is_removed_and_added(under_load: UnderLoad) -> None:
             assert ADDRESSES[gone] not in on(server, "nft list ruleset")
         good("../site.yml")
 
-    try:
+    with inventory_without(gone) as without:
         under_load(remove, detected=lambda ready: None in ready, mend=add)
-    finally:
-        without.unlink()
-    assert containers() == held, "instances do not notice"
+    assert containers() == before, "instances do not notice"
+
+
+def test_users_keys_are_changed(under_load: UnderLoad) -> None:
+    (first,) = yaml.safe_load(VARIABLES.read_text())["gateway_api_keys"]
+    second = {"name": "other", "key": "molecule-only-gateway-key-0002"}
+
+    def answers(key: str) -> set[str]:
+        ask = f"python3 -c {shlex.quote(ASK)}"
+        return {on(SERVERS[0], f"{ask} {url}/v1/models {key}") for url in URLS}
+
+    assert answers(second["key"]) == {"401"}
+    change = partial(good, "rotate-keys.yml", gateway_api_keys=[first, second], rotate_keys_wait=0)
+    assert under_load(change).cut == 0
+    assert answers(second["key"]) == {"200"}
+    assert under_load(partial(good, "rotate-keys.yml", rotate_keys_wait=0)).cut == 0
+    assert answers(second["key"]) == {"401"}
+    assert answers(first["key"]) == {"200"}
+
+
+def test_a_gateway_speaks_tls(tmp_path: Path) -> None:
+    """With a certificate of the lab's CA, which is made with it; and plain HTTP again."""
+    limit = f"--limit={GATEWAYS[0]}"
+    good("../site.yml", limit, gateway_tls_source="ca", gateway_tls_ca_dir=str(tmp_path / "ca"))
+    ask = ["curl", "--silent", "--show-error", "--cacert", tmp_path / "ca/ca.pem"]
+    url = f"{URLS[0].replace('http:', 'https:')}/health"
+    told = subprocess.run([*ask, url], capture_output=True, text=True, check=False)
+    assert f'"ready_instances":{INSTANCES}' in told.stdout, told.stderr
+    good("../site.yml", limit)
+    assert on(SERVERS[0], f"python3 -c {shlex.quote(ASK)} {URLS[0]}/health none") == "200"

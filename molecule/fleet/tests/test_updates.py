@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from conftest import SERVERS, Fault, on
+from conftest import SERVERS, Fault, command_lines, end, on, started
 from scenario import ROOT, play
 
 UnderLoad = Callable[..., Fault]
@@ -59,8 +55,11 @@ def test_a_good_update(under_load: UnderLoad) -> None:
         rc, said = play(UPDATE, vllm_image_archive=image, site_soak=0)
         assert rc == 0, said
 
-    assert under_load(update).cut == 0
+    with command_lines() as seen:
+        assert under_load(update).cut == 0
     assert the_one() == wanted
+    assert any("k80-instance" in line for line in seen)
+    assert not [line for line in seen if "molecule-only-" in line], "a key in ps"
 
 
 @pytest.mark.parametrize(
@@ -94,23 +93,12 @@ def test_an_interrupted_update_goes_on(under_load: UnderLoad, how: signal.Signal
     variables = {"vllm_image_archive": archive(wanted), "site_soak": 0}
 
     def interrupted() -> None:
-        with subprocess.Popen(
-            [
-                Path(sys.executable).with_name("ansible-playbook"),
-                f"--inventory={os.environ['MOLECULE_INVENTORY_FILE']}",
-                f"--extra-vars={json.dumps(variables)}",
-                UPDATE,
-            ],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        ) as ansible:
+        with started(UPDATE, **variables) as ansible:
             # In the middle of a change: the first server has an instance drained.
             while not on(SERVERS[0], "cat /var/lib/vllm-k80/instances/*/drained || true"):
                 assert ansible.poll() is None, "the update ended before it could be interrupted"
                 time.sleep(0.2)
-            os.killpg(ansible.pid, how)
+            end(ansible, how)
         rc, said = play(UPDATE, **variables)
         assert rc == 0, said
 
