@@ -40,7 +40,7 @@ demo-clean: venv ## Remove the demo's server, its built image and its keys
 
 # The package's tests keep one core busy for ten minutes: what comes after the quick checks need not wait for them.
 .PHONY: test
-test: venv ## Checks, tests and the main scenario (needs Docker; under 40 minutes)
+test: venv ## Checks, tests and the main scenario (needs Docker; 40 minutes)
 	@$(MAKE) --jobs=2 test-package-apart test-servers
 
 # What it says is shown when it has ended, not between the lines of the others.
