@@ -532,6 +532,7 @@ def test_a_model_is_named_where_its_source_is(judge: Judge) -> None:
         (pypi, f"pypi:b==1.2 --file b/c.gguf --endpoint {at}/simple"),
         ({"source": "url", "url": f"{at}/c.gguf", "sha256": "0"}, f"{at}/c.gguf"),
         ({"source": "directory", "path": "/srv/c"}, ""),
+        ({"source": "pypi"}, f"pypi:== --file  --endpoint {at}/simple"),  # other checks refuse it
     ):
         assert " ".join(judge.plugin.elsewhere(host, source)) == named
     host = judge.host(**NO_INDEX)

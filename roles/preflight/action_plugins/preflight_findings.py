@@ -1069,6 +1069,7 @@ def plan(model: str, flags: list[str], token: str) -> dict[str, Any] | None:
 
 def elsewhere(host: Host, source: dict[str, Any]) -> list[str]:
     """What names a model to `vllm-k80 plan` that is where its source is; empty if nothing does."""
+    source = defaultdict(str, source)  # what an entry lacks is told elsewhere
     match source.get("source"):
         case "hub":
             revision, endpoint = source["revision"], host.get("vllm_model_hub_endpoint", str)
