@@ -38,21 +38,17 @@ demo-clean: venv ## Remove the demo's server, its built image and its keys
 
 ## ---- test it
 
-# The package's tests keep one core busy for ten minutes: what comes after the quick checks need not wait for them.
+# What needs no Docker keeps one core busy for a quarter of an hour, the scenario waits for much: side by side.
 .PHONY: test
 test: venv ## Checks, tests and the main scenario (needs Docker; 40 minutes)
-	@$(MAKE) --jobs=2 test-package-apart test-servers
-
-# What it says is shown when it has ended, not between the lines of the others.
-.PHONY: test-package-apart
-test-package-apart: venv
-	@mkdir -p build; $(MAKE) test-package > build/test-package.log 2>&1; status=$$?; cat build/test-package.log; exit $$status
-
-.PHONY: test-servers
-test-servers: venv
 	@$(MAKE) lint
-	@$(MAKE) test-unit
-	@$(MAKE) test-molecule
+	@$(MAKE) --jobs=2 test-apart test-molecule
+
+# What they say is shown when they have ended, not between the lines of the scenario.
+.PHONY: test-apart
+test-apart: venv
+	@mkdir -p build; { $(MAKE) test-package && $(MAKE) test-unit; } > build/test-apart.log 2>&1; \
+	status=$$?; cat build/test-apart.log; exit $$status
 
 .PHONY: test-hosts
 test-hosts: venv ## The driver, other distributions and the CUDA toolkit, on emulated servers (20 minutes)

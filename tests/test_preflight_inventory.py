@@ -99,6 +99,9 @@ LLAMA_2_7B: dict[str, Any] = {
 }
 
 
+LONG = ["--max-model-len", "9000"]
+
+
 def add_checkpoint(directory: Path, config: dict[str, Any]) -> None:
     """A checkpoint without tensors."""
     directory.mkdir()
@@ -198,8 +201,11 @@ def bad(tmp_path_factory: pytest.TempPathFactory, server: Path) -> Run:
     model.mkdir()
     (model / "pytorch_model.bin").touch()
     (model / "config.json").touch()
-    seven, mamba = directory / "seven", directory / "mamba"
+    seven, mamba, packed = (directory / name for name in ("seven", "mamba", "packed"))
     add_checkpoint(seven, LLAMA_2_7B)
+    add_checkpoint(packed, LLAMA_2_7B)
+    gptq = {"bits": 4, "group_size": 128, "desc_act": False}
+    (packed / "quantize_config.json").write_text(json.dumps(gptq))
     mamba.mkdir()
     (mamba / "mamba.gguf").write_bytes(gguf_of("mamba"))
     good = SETTINGS | NO_INDEX | {"preflight_root": str(server)}
@@ -242,8 +248,12 @@ def bad(tmp_path_factory: pytest.TempPathFactory, server: Path) -> Run:
                 {"name": "c", "dies": [DIE0, DIE1], "model": "seven"},
                 {"name": "d", "dies": [DIE1], "model": "seven", "extra_args": ["-q", "k80-w4"]},
                 {"name": "e", "dies": [DIE1], "model": "mamba"},
+                {"name": "f", "dies": [DIE1], "model": "packed"},
+                {"name": "g", "dies": [DIE1], "model": "packed", "extra_args": LONG},
+                {"name": "h", "dies": [DIE0], "model": "packed", "extra_args": ["-pp", "2"]},
             ],
             "vllm_model_catalogue": {
+                "packed": {"source": "directory", "path": str(packed)},
                 "seven": {"source": "directory", "path": str(seven)},
                 "mamba": {"source": "directory", "path": str(mamba)},
             },
@@ -370,6 +380,8 @@ SENTENCES = {
         "model 'seven' does not fit instances 'a' and 'b': weights take 13.48 GB and work buffers"
         " 0.95 GB of the 10.80 GB that may be used of a die; the nearest that fits: --quantization"
         " k80-w8 in extra_args.",
+        # Quantized, as a file beside its configuration tells: but for its context it fits.
+        "model 'packed': vllm_instance_max_model_len 9000: packed is made for 4096 tokens at most.",
     ],
     "monitoring": [
         "monitoring_receiver has 'webhook', which no receiver of Alertmanager has; it has for"
@@ -404,6 +416,11 @@ def findings(bad: Run, judge: Judge, server: Path) -> Callable[[str], list[str]]
 def test_each_fault_is_told_by_name(findings: Callable[[str], list[str]], host: str) -> None:
     told = findings(host)
     assert [sentence for sentence in SENTENCES[host] if sentence not in told] == [], told
+
+
+def test_a_model_that_is_not_judged_is_a_warning(bad: Run) -> None:
+    [told] = [sentence for sentence in bad.warnings if "model 'packed'" in sentence]
+    assert told.startswith("unfit: model 'packed': whether it fits instance 'h' is not judged")
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ CONFIGS = {model["name"]: model["config"] for model in models_table.MODELS}
 LLAMA_7B = CONFIGS["Llama 2 7B"]
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+AWQ_BY_AUTOAWQ = {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}
 
 
 def write(path: Path, config: dict[str, Any]) -> str:
@@ -56,6 +57,20 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, st
 # ---- sizes
 
 
+# Numbers of a head that are rotated, where it is not all of them. 0: positions are parameters, or
+# nothing is kept for them.
+ROTATED = {
+    "GPT-2 XL": 0,
+    "OPT 6.7B": 0,
+    "Phi-2": 32,
+    "Phi-4 mini": 96,
+    "Pythia 6.9B": 32,
+    "SmolLM3 3B": 0,
+    "StableLM 2 1.6B": 16,
+    "StableLM 3B 4E1T": 20,
+}
+
+
 @pytest.mark.parametrize("of", models_table.MODELS, ids=lambda of: of["name"])
 def test_parameters_are_those_of_the_published_model(of: dict[str, Any]) -> None:
     config = of["config"]
@@ -63,11 +78,11 @@ def test_parameters_are_those_of_the_published_model(of: dict[str, Any]) -> None
     padding = (
         (wide.head.n - config["vocab_size"]) * wide.hidden * (1 + (wide.embedding is not None))
     )
-    rotary = wide.longest * wide.head_size
+    rotary = wide.longest * ROTATED.get(of["name"], wide.head_size)
     if of["name"] == "Gemma 3 1B":  # two bases
         rotary *= 2
-    if of["name"] == "Phi-4 mini":  # three quarters of a head; factors for short contexts as well
-        rotary = (wide.longest + 4096) * 96
+    if of["name"] == "Phi-4 mini":  # factors for short contexts as well
+        rotary += 4096 * 96
     assert wide.loaded == 4 * (of["parameters"] + padding + rotary)
 
 
@@ -163,10 +178,10 @@ def test_more_sequences_and_longer_steps_take_more_work_memory() -> None:
 
 
 def test_another_architecture_is_judged_by_its_files(tmp_path: Path) -> None:
-    gpt2 = {"architectures": ["GPT2LMHeadModel"], "n_embd": 768, "n_head": 12, "n_layer": 12}
-    gpt2 |= {"n_positions": 1024, "vocab_size": 50257, "torch_dtype": "float32"}
-    write(tmp_path, gpt2)
-    with pytest.raises(UserError, match="the architecture GPT2LMHeadModel cannot be judged"):
+    mpt = {"architectures": ["MptForCausalLM"], "d_model": 768, "n_heads": 12, "n_layers": 12}
+    mpt |= {"max_seq_len": 1024, "vocab_size": 50257, "torch_dtype": "float32"}
+    write(tmp_path, mpt)
+    with pytest.raises(UserError, match="the architecture MptForCausalLM cannot be judged"):
         plan.judge(plan.source(str(tmp_path)), plan.Settings())
     header = json.dumps(
         {"__metadata__": {}, "a": {"shape": [50257, 768]}, "b": {"shape": [10]}}
@@ -227,8 +242,10 @@ def test_a_damaged_header_is_told(tmp_path: Path, smollm2: Path) -> None:
             gguf_header.read(file)
 
 
-def write_gguf(path: Path, kind: gguf.GGMLQuantizationType) -> str:
+def write_gguf(path: Path, kind: gguf.GGMLQuantizationType, experts: int = 0) -> str:
     writer = gguf.GGUFWriter(path, "llama")
+    if experts:
+        writer.add_expert_count(experts)
     raw = np.zeros((4, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
     writer.add_tensor("token_embd.weight", raw, raw_dtype=kind)
     writer.write_header_to_file()
@@ -378,6 +395,12 @@ def test_what_was_measured_counts_where_it_is_less_than_planned() -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, [], "GPTQ of None bits"),
         ({"quantization_config": GPTQ | {"dynamic": {"(": {}}}}, [], "has something odd"),
         ({"quantization_config": GPTQ | {"group_size": "128"}}, [], "odd .*group size '128'"),
+        (
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
+            [],
+            "modelopt_fp4 is not served .*NVFP4.* Use",
+        ),
+        ({"quantization_config": "awq"}, [], "AWQ of None bits"),
         ({}, ["--context=5000"], "made for 4096 tokens at most"),
         ({}, ["--dies=0"], "--dies 0: it must be at least 1"),
         ({}, ["--max-num-seqs=0"], "--max-num-seqs 0: it must be at least 1"),
@@ -398,6 +421,50 @@ def test_refusals_are_one_line(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "weights"),
+    [
+        ("quantize_config.json", GPTQ, "INT4, group 128"),
+        ("quant_config.json", AWQ_BY_AUTOAWQ, "INT4, group 64"),
+        ("hf_quant_config.json", {"quantization": {"quant_algo": "NVFP4"}}, ""),
+        ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}}, ""),
+    ],
+)
+def test_quantizations_that_a_file_beside_the_configuration_tells(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    content: dict[str, Any],
+    weights: str,
+) -> None:
+    (tmp_path / file).write_text(json.dumps(content))
+    directory = write(tmp_path, LLAMA_7B)
+    code, out, err = answer(capsys, directory, "--context=2048", "--json")
+    said = json.loads(out)
+    if weights:
+        assert (code, err, said["weights"]) == (0, "", weights)
+        [flag, told] = serve.server_arguments(directory, [])[-2:]
+        assert flag == "--hf-overrides"
+        assert json.loads(told)["quantization_config"].items() >= content.items()
+        assert "--hf-overrides" not in serve.server_arguments(directory, ["--hf-config-path=x"])
+        # What the configuration has counts.
+        stored = LLAMA_7B | {"quantization_config": GPTQ | {"group_size": 32}}
+        code, out, _ = answer(capsys, write(tmp_path, stored), "--context=2048", "--json")
+        assert json.loads(out)["weights"] == "INT4, group 32"
+        assert "--hf-overrides" not in serve.server_arguments(directory, [])
+    else:
+        assert code == 1
+        assert "is not served on a K80 (" in said["lacking"]
+        with pytest.raises(UserError, match="is not served on a K80"):
+            serve.server_arguments(directory, [])
+
+
+def test_without_a_dtype_it_is_computed_in_fp32(tmp_path: Path) -> None:
+    bare = {key: value for key, value in LLAMA_7B.items() if key != "torch_dtype"}
+    for config in (bare, bare | {"torch_dtype": None}, bare | {"dtype": "float16"}):
+        assert model(config).activations == "float"
+
+
 def test_a_program_learns_what_is_not_served(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -406,11 +473,21 @@ def test_a_program_learns_what_is_not_served(
     said = json.loads(out)
     assert (code, err, said["fits"], said["served"]) == (1, "", False, False)
     assert "MambaForCausalLM is not served" in said["lacking"]
+    # The model is, but not so.
+    code, out, err = answer(capsys, write(tmp_path, LLAMA_7B), "--context=5000", "--json")
+    said = json.loads(out)
+    assert (code, err, said["fits"], said["served"]) == (1, "", False, False)
+    assert "is made for 4096 tokens at most" in said["lacking"]
 
 
 def test_gguf_files_that_are_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_gguf(tmp_path / "model.gguf", gguf.GGMLQuantizationType.IQ4_NL)
     assert "tensors of type IQ4_NL cannot be served" in answer(capsys, path)[2]
+    experts = write_gguf(tmp_path / "experts.gguf", gguf.GGMLQuantizationType.Q4_0, experts=8)
+    code, out, _ = answer(capsys, experts, "--json")
+    assert (code, json.loads(out)["served"]) == (1, False)
+    assert "mixture of 8 experts" in json.loads(out)["lacking"]
+    (tmp_path / "experts.gguf").unlink()
     assert "--weights is for checkpoints" in answer(capsys, path, "--weights=int4")[2]
     # A directory with one GGUF file is that file.
     assert "tensors of type IQ4_NL" in answer(capsys, str(tmp_path))[2]

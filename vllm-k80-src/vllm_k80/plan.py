@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_k80 import architectures, hub, memory, predict
-from vllm_k80.errors import NotServed, UserError
+from vllm_k80.errors import BadSetting, NotServed, UserError
 from vllm_k80.memory import Limits
 from vllm_k80.model import Model, elements_of, of_config, of_header, read_config
 from vllm_k80.quantization import gguf_header
@@ -65,7 +65,7 @@ class Source:
         """
         if self.header is not None:
             if settings.weights:
-                raise UserError("--weights is for checkpoints; a GGUF file has its own.")
+                raise BadSetting("--weights is for checkpoints; a GGUF file has its own.")
             return of_header(self.header, Path(self.where), settings.dtype, settings.dies)
         return of_config(
             self.config or {},
@@ -131,7 +131,7 @@ def as_served(source: Source, settings: Settings) -> Settings:
     """The settings with what they leave to the model.
 
     Raises:
-        NotServed, UserError: as of `Source.model`; numbers that cannot be.
+        NotServed, UserError: as of `Source.model`. BadSetting: numbers that cannot be.
     """
     limits = settings.limits
     for flag, value in (
@@ -142,18 +142,18 @@ def as_served(source: Source, settings: Settings) -> Settings:
         ("max-num-batched-tokens", limits.tokens),
     ):
         if value is not None and value < 1:
-            raise UserError(f"--{flag} {value}: it must be at least 1.")
+            raise BadSetting(f"--{flag} {value}: it must be at least 1.")
     if not 0 < limits.utilization <= 1:
-        raise UserError(f"--gpu-memory-utilization {limits.utilization}: above 0, at most 1.")
+        raise BadSetting(f"--gpu-memory-utilization {limits.utilization}: above 0, at most 1.")
     if settings.concurrency > limits.sequences:
-        raise UserError(
+        raise BadSetting(
             f"--concurrency {settings.concurrency}: --max-num-seqs allows {limits.sequences}."
         )
     model = source.model(settings)
     predict.check_heads(model)
     context = settings.context or model.longest
     if context > model.longest:
-        raise UserError(
+        raise BadSetting(
             f"--context {context}: {model.name} is made for {model.longest} tokens at most."
         )
     return replace(settings, context=context)
@@ -362,7 +362,7 @@ def judge(source: Source, settings: Settings) -> dict[str, Any]:
 
 def _predicted(model: Model, context: int, most: int) -> dict[str, Any] | None:
     """Speed of one die, where the kernels' cost model knows the build."""
-    if not model.known or model.dies > 1:
+    if not model.simulated or model.dies > 1:
         return None
     return {
         "decode": [
@@ -437,11 +437,12 @@ def run(found: Source, settings: Settings, *, as_json: bool) -> tuple[str, bool]
     """The answer as text or JSON, and whether the model fits.
 
     Raises:
-        NotServed: not served, if it is not to be JSON. UserError: it cannot be judged.
+        NotServed, BadSetting: not served, or not so, if it is not to be JSON.
+        UserError: it cannot be judged.
     """
     try:
         result = judge(found, settings)
-    except NotServed as error:
+    except (NotServed, BadSetting) as error:
         if not as_json:
             raise
         result = {"model": found.name, "fits": False, "served": False, "lacking": str(error)}

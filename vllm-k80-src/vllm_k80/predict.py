@@ -173,7 +173,7 @@ def judge(model: Model, context: int, batches: tuple[int, ...]) -> dict[str, Any
         UserError: the model, or no batch of this context, fits; or the kernels do not take it.
     """
     check_heads(model)
-    if not model.known:
+    if not model.simulated:
         raise UserError(
             f"{model.name}: how fast its architecture is cannot be predicted; `vllm-k80 plan` says "
             f"what it takes."

@@ -11,6 +11,7 @@ from typing import Any
 from vllm_k80 import architectures, plan, readiness
 from vllm_k80.errors import UserError
 from vllm_k80.memory import Limits
+from vllm_k80.model import read_config, read_json, told_beside
 from vllm_k80.quantization import methods
 
 # From the inside outwards.
@@ -50,20 +51,15 @@ def _check_model(model: str, flags: list[str]) -> None:
     asked = given.quantization
     if asked and (refusal := methods.refusal(asked.lower())):
         raise UserError(refusal)
-    try:
-        config = json.loads((Path(model) / "config.json").read_text())
-    except OSError:
+    if not (Path(model) / "config.json").exists():
         return
-    except ValueError as error:
-        raise UserError(f"{model}/config.json is damaged: {error}.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{model}/config.json is damaged: it does not hold a JSON object.")
+    config = read_config(Path(model))
     # With these flags it is not this configuration that counts; the engine judges the one that is.
     if not (given.hf_overrides or given.hf_config_path) and (
         refusal := architectures.refusal(config)
     ):
         raise UserError(f"{model}: {refusal}")
-    quantized = config.get("quantization_config") or config.get("compression_config")
+    quantized = methods.quantization_of(config)
     if not quantized:
         return
     if refusal := methods.checkpoint_refusal(quantized):
@@ -155,6 +151,10 @@ def server_arguments(model: str, rest: list[str]) -> list[str]:
             )
         if not (path / "config.json").is_file():
             raise UserError(f"{model} has no config.json: it is not a Hugging Face checkpoint.")
+    if (path / "config.json").is_file() and not given & {"--hf-overrides", "--hf-config-path"}:
+        told = told_beside(path, read_json(path / "config.json"))
+        # vLLM looks for such a file only when it is told the method.
+        arguments += ["--hf-overrides", json.dumps(told)] if told else []
     return arguments
 
 

@@ -99,7 +99,7 @@ def command_lines() -> Iterator[set[str]]:
     over = threading.Event()
 
     def look() -> None:
-        while not over.wait(0.05):
+        while not over.wait(0.25):
             for file in Path("/proc").glob("[0-9]*/cmdline"):
                 with suppress(OSError):
                     seen.add(file.read_text(errors="replace"))

@@ -22,12 +22,14 @@ import argparse
 import base64
 import binascii
 import difflib
+import io
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zlib
@@ -55,6 +57,11 @@ PACKAGE = Path(__file__).resolve().parents[3] / "vllm-k80-src"
 # Bytes at the beginning of a GGUF file in which its header is; a vocabulary takes most of it. Those
 # of most are within the first size, and what follows a header costs seconds to bring here.
 GGUF_HEADS = (1 << 21, 1 << 24)
+# What of a checkpoint's directory `vllm-k80 plan` reads, as far as it is there.
+CONFIGURATION = (
+    "config.json",
+    *("quantize_config.json", "quant_config.json", "hf_quant_config.json"),
+)
 
 
 class Warn(str):
@@ -813,7 +820,8 @@ def models_fit(host: Host) -> Iterator[str]:
         if plan["fits"]:
             continue
         if not plan["served"]:
-            yield f"model '{model}': {plan['lacking']}"
+            said = re.sub(r"--context\b", "vllm_instance_max_model_len", plan["lacking"])
+            yield f"model '{model}': {said}"
             continue
         quoted = " and ".join(f"'{name}'" for name in names)
         choice = plan["choices"][0] if plan["choices"] else None
@@ -1025,12 +1033,14 @@ def plan_flags(instance: dict[str, Any]) -> list[str] | None:
     parser.add_argument("--gpu-memory-utilization")
     parser.add_argument("--quantization", "-q")
     parser.add_argument("--tensor-parallel-size", "-tp", default=dies)
-    parser.add_argument("--pipeline-parallel-size", "-pp")
+    # With these it is another account, or another model.
+    for flag in ("--pipeline-parallel-size", "-pp", "--hf-overrides", "--hf-config-path"):
+        parser.add_argument(flag, dest="other")
     try:
         given, _ = parser.parse_known_args(instance["flags"])
     except argparse.ArgumentError:
         return None
-    if given.pipeline_parallel_size:
+    if given.other is not None:
         return None
     weights = {"k80-w4": "int4", "k80-w8": "int8", "k80-f16": "fp16"}.get(given.quantization)
     told = {
@@ -1255,7 +1265,13 @@ class ActionModule(ActionBase):
         alike = defaultdict(list)
         for instance in host.instances():
             flags = plan_flags(instance)
-            if flags is not None and instance["model"] not in host.model_faults:
+            if flags is None:
+                host.model_doubts.setdefault(
+                    instance["model"],
+                    f"whether it fits instance '{instance['name']}' is not judged, for the flags"
+                    " in its extra_args make another account of it",
+                )
+            elif instance["model"] not in host.model_faults:
                 alike[instance["model"], tuple(flags)].append(instance["name"])
         plans = []
         token = host.get("vllm_model_hub_token", str)
@@ -1274,9 +1290,10 @@ class ActionModule(ActionBase):
                 if answer:
                     plans.append((instances, name, answer))
                 elif name not in placed:
-                    host.model_doubts[name] = (
+                    host.model_doubts.setdefault(
+                        name,
                         "whether it fits cannot be told before it is fetched; it is judged then,"
-                        " before any instance is restarted"
+                        " before any instance is restarted",
                     )
         return plans
 
@@ -1297,21 +1314,28 @@ class ActionModule(ActionBase):
     def _described(self, path: str, copy: Path, size: int) -> str:
         """A copy of what tells of a model on the host, without its weights; empty if there is none.
 
-        The copy is a directory with a config.json, or that many bytes of a GGUF file's head.
+        The copy is a directory with the files of `CONFIGURATION`, or that many bytes of a GGUF
+        file's head.
         """
         if size:
-            target = model = copy.with_name(f"{copy.name}-{size}.gguf")
+            copy = copy.with_name(f"{copy.name}-{size}.gguf")
             read = f"head -c {size} {shlex.quote(path)}"
         else:
-            copy.mkdir(exist_ok=True)
-            model, target = copy, copy / "config.json"
-            read = f"cat {shlex.quote(path + '/config.json')}"
-        if not target.exists():
+            read = f"tar -C {shlex.quote(path)} -ch {' '.join(CONFIGURATION)}"
+        if not copy.exists():
             told = self._low_level_execute_command(f"{read} | gzip -c | base64")
             try:
                 # A terminal on the way may have changed the ends of the lines.
                 packed = base64.b64decode("".join(told["stdout"].split()), validate=True)
-                target.write_bytes(zlib.decompress(packed, wbits=zlib.MAX_WBITS | 16))
-            except (binascii.Error, zlib.error, OSError):
+                content = zlib.decompress(packed, wbits=zlib.MAX_WBITS | 16)
+                if size:
+                    copy.write_bytes(content)
+                    return str(copy)
+                copy.mkdir()
+                with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+                    for name in set(CONFIGURATION) & set(archive.getnames()):
+                        if file := archive.extractfile(name):
+                            (copy / name).write_bytes(file.read())
+            except (binascii.Error, zlib.error, tarfile.TarError, OSError):
                 return ""
-        return str(model)
+        return str(copy)

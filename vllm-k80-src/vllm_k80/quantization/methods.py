@@ -132,6 +132,27 @@ def _compressed_refusal(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+# Where quantizers wrote what config.json lacks: AutoGPTQ, AutoAWQ, NVIDIA's ModelOpt.
+SIDECARS = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
+}
+
+
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says of a checkpoint's quantization, empty if nothing."""
+    told = config.get("quantization_config") or config.get("compression_config") or {}
+    return dict(told) if isinstance(told, Mapping) else {"quant_method": str(told)}
+
+
+def of_sidecar(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """A file of `SIDECARS` as config.json would have it."""
+    own = content.get("quantization")  # ModelOpt's
+    found = dict(own if isinstance(own, Mapping) else content)
+    return {"quantization_config": {"quant_method": SIDECARS[name]} | found}
+
+
 _DETAILS = {
     "gptq": _gptq_refusal,
     "awq": _awq_refusal,
@@ -148,6 +169,9 @@ def checkpoint_refusal(config: Mapping[str, Any]) -> str | None:
     method = str(config.get("quant_method") or "").lower().replace("_tensors", "-tensors")
     if config.get("is_marlin_format"):
         method = "marlin"
+    # One name for both; which it is, vLLM sees by this too.
+    if method == "modelopt" and "FP4" in str(config.get("quant_algo")).upper():
+        method = "modelopt_fp4"
     details = _DETAILS.get(method)
     return refusal(method) or (details(config) if details else None)
 
