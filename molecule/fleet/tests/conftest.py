@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -35,6 +35,7 @@ RELIABILITY = "RELIABILITY" in os.environ
 # What was measured on these servers, in all runs of these tests since they were made.
 MEASURED = INVENTORY_FILE.parents[1] / "reliability.json"
 ROWS = pytest.StashKey[list[report.Row]]()
+ROW = pytest.StashKey[report.Row]()
 # Of any change of these, an instance makes a new container.
 CONTAINERS = "docker ps --no-trunc --quiet"
 ECC_ERRORS = "/etc/k80-emulator/dies/0000:05:00.0/ecc.errors.uncorrected.volatile.total"
@@ -202,8 +203,8 @@ def under_load(request: pytest.FixtureRequest) -> Iterator[Callable[..., Fault]]
         name, _, case = request.node.name.removeprefix("test_").rstrip("]").partition("[")
         case = case.removeprefix(getattr(request, "param", "")).lstrip("-")
         title = name.replace("_", " ") + (f": {case}" if case else "")
-        row = {"name": title, "on": date.today().isoformat()} | asdict(result)
-        request.config.stash[ROWS].append(row)
+        row = {"name": title, "on": date.today().isoformat(), "machine": report.machine()}
+        request.node.stash[ROW] = row | asdict(result)
         bad = [answer for answer in load.answers if answer.outcome in ("failed", "wrong")]
         assert not bad, f"{bad[:5]} and so on; {result}"
         assert result.sent == result.finished + result.cut
@@ -224,6 +225,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("under_load", ["first", "second"], indirect=True)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """Keeps what a test measured in which all was as it should be."""
+    yield
+    if row := item.stash.get(ROW, None):
+        item.config.stash[ROWS].append(row)
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
@@ -231,10 +240,9 @@ def pytest_terminal_summary(
         terminalreporter.write_line("\n".join(report.table(rows)))
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+def pytest_sessionfinish(session: pytest.Session) -> None:
     rows = session.config.stash[ROWS]
-    # Only of runs in which all was as it should be.
-    if RELIABILITY and rows and exitstatus == 0:
+    if RELIABILITY and rows:
         rows = (json.loads(MEASURED.read_text()) if MEASURED.exists() else []) + rows
         MEASURED.write_text(json.dumps(rows))
         report.write(ROOT / "docs" / "reliability.md", rows)

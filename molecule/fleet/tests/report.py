@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-# What a test measured: its name, the day, and the figures of conftest's Fault.
+# What a test measured: its name, the day, the machine, and the figures of conftest's Fault.
 Row = dict[str, Any]
 
 COLUMNS = {
@@ -54,14 +54,14 @@ def often(rows: list[Row]) -> str:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    days = " and ".join(sorted({row["on"] for row in rows}))
-    where = f"Measured on {days}, {os.cpu_count()} cores, {machine()}. {often(rows)}"
+    days = sorted({f"on {row['on']}, {row['machine']}" for row in rows})
+    where = f"Measured {'; and '.join(days)}. {often(rows)}"
     head = Path(__file__).with_name("reliability.md").read_text()
     path.write_text("\n".join([head, where, "", *table(rows), ""]))
 
 
 def machine() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(": ")[2]
-    return platform.machine()
+    """Cores and processor of this one."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    named = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return f"{os.cpu_count()} cores, {next(named, platform.machine())}"

@@ -1060,17 +1060,20 @@ def plan(model: str, flags: list[str], token: str) -> dict[str, Any] | None:
 
     None where it could not tell: what keeps an answer from it is the matter of other checks.
     """
-    command = [sys.executable, "-m", "vllm_k80.cli", "plan", model, *flags]
     try:
-        done = subprocess.run(
-            [*command, "--timeout", "10", "--json"],
-            cwd=PACKAGE,
-            env=os.environ | {"PYTHONPATH": str(PACKAGE), "HF_TOKEN": token},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        with tempfile.NamedTemporaryFile("w", prefix="vllm-k80-plan-") as file:
+            # An address may have a signature or a password in it, which ps is not to show.
+            file.write("\n".join([model, *flags, "--timeout", "10", "--json"]))
+            file.flush()
+            done = subprocess.run(
+                [sys.executable, "-m", "vllm_k80.cli", "plan", f"@{file.name}"],
+                cwd=PACKAGE,
+                env=os.environ | {"PYTHONPATH": str(PACKAGE), "HF_TOKEN": token},
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
         answer = json.loads(done.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
@@ -1214,7 +1217,7 @@ class ActionModule(ActionBase):
         """
         placed: dict[str, str] = {}
         here: dict[str, str] = {}
-        planned = 0
+        planned = planned_here = 0
         module = Path(variables["role_path"]).parent / "vllm_model/library/vllm_model_store.py"
         for name, source in host.models().items():
             arguments = {
@@ -1239,7 +1242,8 @@ class ActionModule(ActionBase):
             result = {}
             if origin == "localhost":
                 root = host.get("vllm_model_cache_root", str)
-                result = ask_here(module, arguments | {"root": root, "bytes_before": 0})
+                result = ask_here(module, arguments | {"root": root, "bytes_before": planned_here})
+                planned_here += result.get("bytes", 0)
                 if kept(result, here):
                     sent = {"revision": result["model"]["revision"], "files": result["files"]}
                     arguments["sent"] = sent
