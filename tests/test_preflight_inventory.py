@@ -100,6 +100,7 @@ LLAMA_2_7B: dict[str, Any] = {
 
 
 LONG = ["--max-model-len", "9000"]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def add_checkpoint(directory: Path, config: dict[str, Any]) -> None:
@@ -209,6 +210,9 @@ def bad(tmp_path_factory: pytest.TempPathFactory, server: Path) -> Run:
     mamba.mkdir()
     (mamba / "mamba.gguf").write_bytes(gguf_of("mamba"))
     good = SETTINGS | NO_INDEX | {"preflight_root": str(server)}
+    hub = Hub(Storage())
+    files = {"config.json": json.dumps(LLAMA_2_7B).encode(), "model.safetensors": b"x"}
+    hub.add("org/seven", COMMIT, files)
     hosts: dict[str, dict[str, Any]] = {
         "healthy": good,
         "keyless": good | {"vllm_instance_api_key": "", "gateway_api_keys": []},
@@ -258,6 +262,20 @@ def bad(tmp_path_factory: pytest.TempPathFactory, server: Path) -> Run:
                 "mamba": {"source": "directory", "path": str(mamba)},
             },
         },
+        "far": good
+        | {
+            "no_gateway": True,
+            "vllm_instance_max_model_len": 2048,
+            "vllm_instance_instances": [
+                {"name": "a", "dies": [DIE0], "model": "of-a-hub"},
+                {"name": "b", "dies": [DIE1], "model": "sent"},
+            ],
+            "vllm_model_hub_endpoint": hub.url,
+            "vllm_model_catalogue": {
+                "of-a-hub": {"source": "hub", "repository": "org/seven", "revision": COMMIT},
+                "sent": {"source": "controller", "path": str(seven)},
+            },
+        },
         "gateway": good
         | {
             "no_server": True,
@@ -267,20 +285,16 @@ def bad(tmp_path_factory: pytest.TempPathFactory, server: Path) -> Run:
             "gateway_tls_key": str(model / "config.json"),
         },
     }
-    return Run(
-        directory,
-        hosts,
-        **{
-            "other-system": {
-                "ansible_distribution": "Ubuntu",
-                "ansible_distribution_major_version": "20",
-                "ansible_architecture": "aarch64",
-                "ansible_kernel": "4.19.0-5-arm64",
-                "ansible_service_mgr": "sysvinit",
-                "ansible_memtotal_mb": 4000,
-            }
-        },
-    )
+    other_system = {
+        "ansible_distribution": "Ubuntu",
+        "ansible_distribution_major_version": "20",
+        "ansible_architecture": "aarch64",
+        "ansible_kernel": "4.19.0-5-arm64",
+        "ansible_service_mgr": "sysvinit",
+        "ansible_memtotal_mb": 4000,
+    }
+    with hub.running():
+        return Run(directory, hosts, **{"other-system": other_system})
 
 
 def test_nothing_was_changed_and_all_hosts_stopped(bad: Run) -> None:
@@ -382,6 +396,12 @@ SENTENCES = {
         " k80-w8 in extra_args.",
         # Quantized, as a file beside its configuration tells: but for its context it fits.
         "model 'packed': vllm_instance_max_model_len 9000: packed is made for 4096 tokens at most.",
+    ],
+    "far": [
+        f"model '{model}' does not fit instance '{instance}': weights take 13.48 GB and work"
+        " buffers 0.95 GB of the 10.80 GB that may be used of a die; the nearest that fits:"
+        " --quantization k80-w8 in extra_args."
+        for model, instance in (("of-a-hub", "a"), ("sent", "b"))
     ],
     "monitoring": [
         "monitoring_receiver has 'webhook', which no receiver of Alertmanager has; it has for"
@@ -528,9 +548,8 @@ def test_a_model_of_a_hub_is_planned_before_it_is_fetched(judge: Judge) -> None:
     storage = Storage()
     hub = Hub(storage)
     files = {"config.json": json.dumps(LLAMA_2_7B).encode(), "model.safetensors": b"x"}
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    hub.add("org/seven", commit, files, token="secret")
-    where = ["--revision", commit, "--endpoint", hub.url]
+    hub.add("org/seven", COMMIT, files, token="secret")
+    where = ["--revision", COMMIT, "--endpoint", hub.url]
     with hub.running():
         answer = judge.plugin.plan("org/seven", where, "secret")
         assert (answer["fits"], answer["choices"][0]) == (False, {"quantization": "k80-w8"})

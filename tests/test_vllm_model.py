@@ -769,30 +769,37 @@ def test_the_role_sends_models_of_the_controller(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache_host", ["two", "localhost"])
-def test_a_fleet_fetches_once(tmp_path: Path, hub: Hub, cache_host: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "cache_host"), [("hub", "two"), ("hub", "localhost"), ("url", "two")]
+)
+def test_a_fleet_fetches_once(
+    tmp_path: Path, storage: Storage, hub: Hub, kind: str, cache_host: str
+) -> None:
     """Also a part of it, whose cache host is not in that part."""
-    hub.add("org/tiny", REVISION, {"tiny.gguf": GGUF}, TOKEN)
+    if kind == "hub":
+        hub.add("org/tiny", REVISION, {"tiny.gguf": GGUF}, TOKEN)
+    source, server = (of(), hub) if kind == "hub" else (at(storage), storage)
     variables = {
         "vllm_model_hub_endpoint": hub.url,
         "vllm_model_hub_token": TOKEN,
         "vllm_model_cache_host": cache_host,
         "vllm_model_cache_root": str(tmp_path / cache_host),
     }
-    done = run_role(tmp_path, of(), "--limit=one", **variables)
+    done = run_role(tmp_path, source, "--limit=one", **variables)
     assert done.returncode == 0, done.stdout + done.stderr
-    asked = len(hub.requests)
+    asked = len(server.requests)
     assert model_of(tmp_path, cache_host) == model_of(tmp_path, "one") == {"tiny.gguf": GGUF}
-    done = run_role(tmp_path, of(), **variables)
+    done = run_role(tmp_path, source, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     assert model_of(tmp_path, "two") == {"tiny.gguf": GGUF}
-    assert len(hub.requests) == asked
+    assert asked
+    assert len(server.requests) == asked
     assert re.search(r"^one .* changed=0 ", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_refused_once_it_is_there(tmp_path: Path) -> None:
-    """A package tells nothing before; instances are not reached then."""
+    """Of what could not be judged before; instances are not reached then."""
     source = sent_checkpoint(tmp_path)
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
     more = {"num_hidden_layers": 80, "vocab_size": 32000, "max_position_embeddings": 4096}

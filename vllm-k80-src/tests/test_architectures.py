@@ -183,19 +183,30 @@ def test_the_engine_warns_once_of_what_is_not_proven(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_gguf(name: str, message: str | None) -> None:
-    found = gguf_refusal(name)
+    found = gguf_refusal({"general.architecture": name})
     assert (found is None) == (message is None)
     assert (message or "") in (found or "")
 
 
-def test_a_gguf_file_of_a_refused_architecture_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "experts", "message"),
+    [
+        ("gemma2", 0, "GGUF files of architecture gemma2 are not"),
+        ("llama", 8, "A mixture of 8 experts, which need Triton, is not served .* Use a dense"),
+    ],
+)
+def test_a_gguf_file_of_a_refused_architecture_is_refused(
+    tmp_path: Path, name: str, experts: int, message: str
+) -> None:
     path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, "gemma2")
+    writer = gguf.GGUFWriter(path, name)
+    if experts:  # a Mixtral's files have the architecture of a Llama
+        writer.add_expert_count(experts)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UserError, match=r"model\.gguf: GGUF files of architecture gemma2 are not"):
+    with pytest.raises(UserError, match=rf"model\.gguf: {message}"):
         extract_metadata(path, tmp_path / "cache")
 
 

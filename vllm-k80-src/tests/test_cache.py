@@ -229,18 +229,29 @@ def test_a_damaged_entry_is_replaced(damage: str, root: Path, cached: Any, said:
         assert state(load(options)) == first
 
 
+@pytest.mark.parametrize("moment", ["within", "behind"])
 def test_a_killed_writer_leaves_nothing_that_is_taken(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     options = write("awq", tmp_path / "model")
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr(os, "rename", lambda *_: os._exit(9))
+        checksum, tensors = cache._checksum, iter(range(5))
+
+        def killed(*of: Any) -> str:
+            if next(tensors, None) is None:
+                os._exit(9)
+            return checksum(*of)
+
+        if moment == "within":  # its tensors
+            monkeypatch.setattr(cache, "_checksum", killed)
+        else:
+            monkeypatch.setattr(os, "rename", lambda *_: os._exit(9))
         load(options)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     [part] = root.glob("*.part")
-    assert part.stat().st_size > 0
+    assert moment == "within" or part.stat().st_size > 0
     assert not [*root.glob("*.safetensors")]
     other = write("w4a16", tmp_path / "other")
     load(other)  # another model's start clears it away

@@ -10,6 +10,7 @@ import engines
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from vllm_k80 import selftest
 from vllm_k80.model import of_gguf
@@ -180,18 +181,27 @@ def test_half_is_fp16_storage(tiny: Path) -> None:
 
 
 def test_a_bf16_checkpoint_is_converted_with_one_warning(tiny: Path, tmp_path: Path) -> None:
-    config = selftest.CONFIG | {"torch_dtype": "bfloat16"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").symlink_to(tiny / "model.safetensors")
-    engine = {"model": str(tmp_path), "skip_tokenizer_init": True}
-    arguments = json.dumps({"engine": engine, "prompts": [[1, 2]], "tokens": 1})
+    stored = load_file(tiny / "model.safetensors")
+    rounded = {name: tensor.bfloat16() for name, tensor in stored.items()}
+    wide = {name: tensor.float() for name, tensor in rounded.items()}
+    for dtype, tensors in (("bfloat16", rounded), ("float32", wide)):
+        (tmp_path / dtype).mkdir()
+        config = selftest.CONFIG | {"torch_dtype": dtype}
+        (tmp_path / dtype / "config.json").write_text(json.dumps(config))
+        save_file(tensors, tmp_path / dtype / "model.safetensors")
+    prompts = [list(selftest.PROMPTS[0])]
+    same = run({"model": str(tmp_path / "float32"), "skip_tokenizer_init": True}, prompts, 6)
+    engine = {"model": str(tmp_path / "bfloat16"), "skip_tokenizer_init": True}
+    arguments = json.dumps({"engine": engine, "prompts": prompts, "tokens": 6})
     done = subprocess.run(
         [sys.executable, "-c", RUN, arguments], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     said = done.stdout + done.stderr
     assert said.count("Falling back to torch.float32") == 1
-    assert '"dtype": "torch.float32"' in done.stdout
+    [found] = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert json.loads(found.removeprefix("RESULT ")) == same
+    assert same["dtype"] == "torch.float32"
 
 
 def test_chunked_prefill_and_prefix_cache_change_no_token(tiny: Path) -> None:

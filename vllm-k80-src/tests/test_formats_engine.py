@@ -8,6 +8,7 @@ All engines run one after the other in one process: importing vLLM takes longer 
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from ggml_blocks import quantized
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     awq_pack,
@@ -155,6 +156,30 @@ FORMATS: dict[str, tuple[Quantize, dict[str, Any]]] = {
         compressed_config(num_bits=8, strategy="channel", symmetric=True),
     ),
 }
+# The same of other architectures of which quantized releases are public: format, and changes of
+# CONFIG. Biases, norms of heads, tensors that are stored fused, layers to which vLLM gives no name.
+UNGROUPED = {"num_key_value_heads": CONFIG["num_attention_heads"]}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "a Qwen2, awq": ("awq", {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}),
+    "a Qwen3, w4a16": (
+        "w4a16",
+        {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 64},
+    ),
+    "a Phi-3, gptq": (
+        "gptq 4 bits",
+        {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": 0},
+    ),
+    "a GPT-NeoX, gptq": (
+        "gptq 4 bits",
+        {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"} | UNGROUPED,
+    ),
+    "an OPT, gptq": (
+        "gptq 8 bits",
+        {"architectures": ["OPTForCausalLM"], "model_type": "opt", "init_std": 0.25}
+        | {"ffn_dim": 256, "word_embed_proj_dim": 128, "tie_word_embeddings": True}
+        | UNGROUPED,
+    ),
+}
 ON_THE_FLY = ("k80-w4", "k80-w8", "k80-f16")
 # Changes of CONFIG, and options: loaded without a file of weights, for the memory that they take.
 PLAIN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -235,9 +260,20 @@ print("RESULT " + json.dumps(results))
 """
 
 
+def _model(config: dict[str, Any]) -> torch.nn.Module:
+    """Hugging Face's model, in FP32, with random weights."""
+    described = AutoConfig.for_model(**config)
+    model = AutoModelForCausalLM.from_config(described, attn_implementation="eager")
+    return model.float().eval()
+
+
+def _is_linear(key: str) -> bool:
+    return key.endswith(".weight") and not re.search("norm|embed|head", key)
+
+
 def _expected(config: dict[str, Any], state: dict[str, Tensor]) -> list[int] | None:
     """Greedy tokens of Hugging Face's model with these weights; None where two were near a tie."""
-    model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="eager")).float().eval()
+    model = _model(config)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert set(missing) <= {"lm_head.weight"}
     assert not unexpected
@@ -252,10 +288,12 @@ def _expected(config: dict[str, Any], state: dict[str, Tensor]) -> list[int] | N
 
 
 def _weights(config: dict[str, Any]) -> dict[str, Tensor]:
-    state = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="eager")).state_dict()
+    state = _model(config).state_dict()
+    if config.get("tie_word_embeddings"):
+        del state["lm_head.weight"]
     # Off centre, so that zero points differ from the middle.
     return {
-        name: part + 0.1 * torch.randn(len(part), 1) if "proj" in name else part
+        name: part + 0.1 * torch.randn(len(part), 1) if _is_linear(name) else part
         for name, part in state.items()
     }
 
@@ -268,7 +306,7 @@ def _quantized(name: str, config: dict[str, Any] = CONFIG) -> Checkpoint:
     quantize, settings = FORMATS[name]
     tensors, twin = {}, {}
     for key, weight in _weights(config).items():
-        if "proj" in key:
+        if _is_linear(key):
             parts, twin[key] = quantize(weight)
             prefix = key.removesuffix("weight")
             tensors |= {prefix + part: tensor for part, tensor in parts.items()}
@@ -281,15 +319,13 @@ def _unquantized(name: str, config: dict[str, Any] = CONFIG) -> Checkpoint:
     """The same of a BF16 checkpoint that is narrowed as it is loaded; k80-w4 has a tied head."""
     config = config | {"tie_word_embeddings": name == "k80-w4", "torch_dtype": "bfloat16"}
     tensors = {key: weight.bfloat16() for key, weight in _weights(config).items()}
-    if config["tie_word_embeddings"]:
-        del tensors["lm_head.weight"]
 
     def narrowed(key: str, weight: Tensor) -> Tensor:
         if weight.dim() == 1:
             return weight
         if name == "k80-f16":
             return weight.half().float()
-        four = name == "k80-w4" and "proj" in key
+        four = name == "k80-w4" and _is_linear(key)
         packed = (k80.quantize_w4 if four else k80.quantize_w8)(weight, 128)
         return packed.linear(torch.eye(weight.shape[1])).t()
 
@@ -335,7 +371,7 @@ def _gguf(name: str, directory: Path, columns: int) -> tuple[dict[str, Any], dic
     writer.write_tensors_to_file()
     writer.close()
     (directory / "config.json").write_text(json.dumps(config))
-    model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="eager"))
+    model = _model(config)
     read = load_gguf_checkpoint(directory / "model.gguf", return_tensors=True, model_to_load=model)
     state = read["tensors"]
     if tied:
@@ -348,10 +384,14 @@ def _write(
 ) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """Write a checkpoint of each kind; the engine's arguments for them, and the tokens expected."""
     jobs, expected = {}, {}
-    for name in [*FORMATS, *ON_THE_FLY]:
+    cases = {name: (name, config) for name in [*FORMATS, *ON_THE_FLY]}
+    if config is CONFIG:
+        cases |= {name: (kind, config | changes) for name, (kind, changes) in OTHERS.items()}
+    for name, (kind, settings) in cases.items():
         tokens = None
         while tokens is None:
-            whole, tensors, twin = (_quantized if name in FORMATS else _unquantized)(name, config)
+            make = _quantized if kind in FORMATS else _unquantized
+            whole, tensors, twin = make(kind, settings)
             tokens = _expected(whole, twin)
         (root / name).mkdir()
         (root / name / "config.json").write_text(json.dumps(whole))
@@ -386,11 +426,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {name: [expected.get(name), *found[name], jobs[name]] for name in jobs}
 
 
-@pytest.mark.parametrize("name", [*FORMATS, *ON_THE_FLY])
+@pytest.mark.parametrize("name", [*FORMATS, *ON_THE_FLY, *OTHERS])
 def test_tokens_are_those_of_the_dequantized_checkpoint(name: str, results: dict[str, Any]) -> None:
     expected, tokens, calls, *_ = results[name]
     assert tokens == expected
     assert len(set(tokens)) > 1
+    if name in OTHERS:  # no layer was left unquantized
+        assert calls.get("linear_w4", 0) + calls.get("linear_w8", 0) >= 4 * LAYERS * TOKENS
+        assert calls["linear"] == TOKENS  # the head
+        return
     bits = 8 if "8" in name.removeprefix("k80") else 4
     if name == "k80-f16":
         assert calls["linear"] == (4 * LAYERS + 1) * TOKENS
@@ -450,7 +494,7 @@ def test_two_dies_give_the_same_tokens_and_again_from_the_cache(
             }
 
 
-@pytest.mark.parametrize("name", [*FORMATS, *ON_THE_FLY, *PLAIN, *GGUF_FILES])
+@pytest.mark.parametrize("name", [*FORMATS, *OTHERS, *ON_THE_FLY, *PLAIN, *GGUF_FILES])
 def test_what_is_planned_is_what_is_allocated(name: str, results: dict[str, Any]) -> None:
     *_, (loaded, cache, budget, profiled, refusal), options = results[name]
     weights = {quantization: bits for bits, quantization in plan.WEIGHTS.items()}

@@ -1,15 +1,17 @@
 """Tiny checkpoints of the architectures that are proven: the tokens are Hugging Face's.
 
-Each has random weights and the settings that set its family apart: kinds of attention, position
-embeddings and normalization, biases, multipliers. Head sizes and factors are those of real models;
-windows and original contexts are shortened, so that a prompt of 41 tokens reaches beyond them.
-Prefill is in chunks of 16 tokens. Then the same prompts come again, from the prefix cache.
+Each has random weights and the configuration that a model of its family was published with
+(data/published_configs.json), but for sizes: fewer and smaller layers, and windows and original
+contexts so short that a prompt of 41 tokens reaches beyond them. Some families have no such file
+here; theirs are the settings that set them apart. Prefill is in chunks of 16 tokens. Then the same
+prompts come again, from the prefix cache.
 
 The reference is Hugging Face's own model with eager attention, in FP32, on the very weights that
 the engine stores. It computes a whole sequence at once: no cache, no chunks.
 """
 
 import copy
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,8 +65,32 @@ class Family:
     reference: dict[str, Any] = field(default_factory=dict)
 
 
+# Of what was published, by the repository that has it. Read from copies of these on GitHub on
+# 2026-11-27.
+PUBLISHED = json.loads((Path(__file__).parent / "data/published_configs.json").read_text())
+# What is not of the architecture, or of the vocabulary, which is another one here.
+NOT_TAKEN = (
+    *("_name_or_path", "architectures", "auto_map", "model_type", "torch_dtype"),
+    *("transformers_version", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
+
+
+def published(repository: str, **changes: Any) -> dict[str, Any]:
+    """A model's own configuration, with these sizes; lists of layers get shorter with them."""
+    own = {key: value for key, value in PUBLISHED[repository].items() if key not in NOT_TAKEN}
+    for key in ("layer_types", "no_rope_layers"):
+        if key in own:
+            own[key] = own[key][: changes["num_hidden_layers"]]
+    return own | changes
+
+
+def shortened(repository: str, **changes: Any) -> dict[str, Any]:
+    """The scaling of its rotary embedding, with changes."""
+    return dict(PUBLISHED[repository]["rope_scaling"]) | changes
+
+
 def llama(**settings: Any) -> dict[str, Any]:
-    """What most have in common: grouped heads, RMS norms, rotary embedding, gated layers."""
+    """Sizes of what most have: grouped heads, RMS norms, rotary embedding, gated layers."""
     common = {
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -73,80 +99,75 @@ def llama(**settings: Any) -> dict[str, Any]:
         "num_key_value_heads": 1,
         "head_dim": 64,
         "max_position_embeddings": 128,
-        "tie_word_embeddings": False,
     }
     return {key: value for key, value in (common | settings).items() if value is not None}
 
 
-def llama3_rope(factor: float) -> dict[str, Any]:
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    }
-
-
-def long_rope(pairs: int) -> dict[str, Any]:
-    """Factors that grow from 1 as Phi-3's do."""
-    return {
-        "type": "longrope",
-        "short_factor": [1.0 + 0.02 * i for i in range(pairs)],
-        "long_factor": [1.0 + 0.4 * i for i in range(pairs)],
-    }
-
-
 NO_ROPE_SCALING = {"rope_scaling": None}
 NO_WINDOW = {"sliding_window": None}
-GEMMA = {
-    "head_dim": 256,
-    "query_pre_attn_scalar": 256,
-    "hidden_act": "gelu_pytorch_tanh",
-    "hidden_activation": "gelu_pytorch_tanh",
-    "tie_word_embeddings": True,
-}
-PHI3 = {"pad_token_id": 0, "resid_pdrop": 0.0}
-FALCON = {
-    "hidden_size": 256,
+PHI3 = {"hidden_size": 384, "head_dim": None, "num_key_value_heads": 4, "pad_token_id": 0}
+LLAMA_31, LLAMA_32 = "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-1B-Instruct"
+PHI3_LONG = "microsoft/Phi-3-mini-128k-instruct"
+GPT2 = {"n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": 128, "n_ctx": 128}
+OPT = {
+    "hidden_size": 128,
+    "ffn_dim": 256,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "alibi": False,
-    "bias": False,
+    "num_attention_heads": 2,
+    "word_embed_proj_dim": 128,
+    "max_position_embeddings": 128,
 }
+FALCON = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 FAMILIES = {
-    "Llama 2": Family("Llama", llama(num_key_value_heads=4, head_dim=128)),
-    "Llama 3": Family("Llama", llama(head_dim=128, rope_theta=500000.0)),
+    "Llama 2": Family(
+        "Llama",
+        published("meta-llama/Llama-2-7b-hf", **llama(num_key_value_heads=4, head_dim=128)),
+    ),
+    "Llama 3": Family(
+        "Llama", published("meta-llama/Meta-Llama-3-8B-Instruct", **llama(head_dim=128))
+    ),
     "Llama 3.1": Family(
         "Llama",
-        llama(head_dim=128, rope_theta=500000.0, rope_scaling=llama3_rope(8.0)),
+        published(
+            LLAMA_31,
+            **llama(head_dim=128),
+            rope_scaling=shortened(LLAMA_31, original_max_position_embeddings=32),
+        ),
         (NO_ROPE_SCALING,),
     ),
     "Llama 3.2": Family(
         "Llama",
-        llama(
-            num_attention_heads=3,
-            rope_theta=500000.0,
-            rope_scaling=llama3_rope(32.0),
-            tie_word_embeddings=True,
+        published(
+            LLAMA_32,
+            **llama(num_attention_heads=3),
+            rope_scaling=shortened(LLAMA_32, original_max_position_embeddings=32),
         ),
         (NO_ROPE_SCALING,),
     ),
-    "TinyLlama": Family("Llama", llama(num_attention_heads=8)),
-    "Mistral": Family("Mistral", llama(head_dim=128, sliding_window=16), (NO_WINDOW,)),
-    "Qwen2.5": Family("Qwen2", llama(hidden_size=448, num_attention_heads=7, rope_theta=1e6), ()),
-    "Qwen3": Family(
-        "Qwen3",
-        llama(head_dim=128, num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True),
+    "TinyLlama": Family(
+        "Llama", published("TinyLlama/TinyLlama-1.1B-Chat-v1.0", **llama(num_attention_heads=8))
     ),
-    "Gemma": Family("Gemma", llama(**GEMMA)),
+    "Mistral": Family(
+        "Mistral",
+        published("mistralai/Mistral-7B-v0.1", **llama(head_dim=128), sliding_window=16),
+        (NO_WINDOW,),
+    ),
+    "Qwen2.5": Family(
+        "Qwen2",
+        published("Qwen/Qwen2.5-7B-Instruct", **llama(hidden_size=448, num_attention_heads=7)),
+    ),
+    "Qwen3": Family(
+        "Qwen3", published("Qwen/Qwen3-0.6B", **llama(head_dim=128, num_key_value_heads=2))
+    ),
+    "Gemma": Family("Gemma", llama(head_dim=256, hidden_activation="gelu_pytorch_tanh")),
     "Gemma 2": Family(
         "Gemma2",
-        llama(
-            **GEMMA,
-            num_hidden_layers=3,
+        published(
+            "google/gemma-2-2b-it",
+            **llama(head_dim=256, num_hidden_layers=3),
             sliding_window=16,
+            # Of scores and logits as small as here.
             attn_logit_softcapping=2.0,
             final_logit_softcapping=10.0,
         ),
@@ -158,132 +179,89 @@ FAMILIES = {
     ),
     "Gemma 3": Family(
         "Gemma3Text",
-        llama(
-            **GEMMA,
-            num_hidden_layers=6,
+        published(
+            "google/gemma-3-1b-it",
+            **llama(head_dim=256, num_hidden_layers=6),
             sliding_window=16,
-            rope_theta=1e6,
-            rope_local_base_freq=1e4,
+            # The 1B has none; larger ones do.
             rope_scaling={"rope_type": "linear", "factor": 8.0},
         ),
         ({"sliding_window": 4096}, {"rope_local_base_freq": 1e6}, NO_ROPE_SCALING),
     ),
     "Phi-3": Family(
         "Phi3",
-        llama(**PHI3, hidden_size=384, head_dim=None, num_key_value_heads=4, sliding_window=16),
+        published("microsoft/Phi-3-mini-4k-instruct", **llama(**PHI3), sliding_window=16),
         (NO_WINDOW,),
     ),
     "Phi-3 128k": Family(
-        "Phi3",
-        llama(
-            **PHI3,
-            hidden_size=384,
-            head_dim=None,
-            num_key_value_heads=4,
-            rope_scaling=long_rope(48),
-            original_max_position_embeddings=16,
-        ),
+        "Phi3", published(PHI3_LONG, **llama(**PHI3), original_max_position_embeddings=16)
     ),
     "Phi-3 128k at 4k": Family(
         "Phi3",
-        llama(
-            **PHI3,
-            hidden_size=384,
-            head_dim=None,
-            num_key_value_heads=4,
-            rope_scaling=long_rope(48),
-            max_position_embeddings=256,
+        published(
+            PHI3_LONG,
+            **llama(**PHI3, max_position_embeddings=256),
             original_max_position_embeddings=64,
         ),
         engine={"max_model_len": 64},
     ),
-    "Phi-4": Family("Phi3", llama(**PHI3, hidden_size=512, head_dim=None, rope_theta=250000.0)),
+    "Phi-4": Family(
+        "Phi3",
+        published("microsoft/phi-4", **llama(hidden_size=512, head_dim=None, pad_token_id=0)),
+    ),
     "Phi-4-mini": Family(
         "Phi3",
-        llama(
-            **PHI3,
-            hidden_size=384,
-            num_attention_heads=3,
-            head_dim=None,
-            partial_rotary_factor=0.75,
-            tie_word_embeddings=True,
-            rope_scaling=long_rope(48),
+        published(
+            "microsoft/Phi-4-mini-instruct",
+            **llama(**PHI3 | {"num_attention_heads": 3, "num_key_value_heads": 1}),
             original_max_position_embeddings=16,
         ),
     ),
     "Phi-2": Family(
         "Phi",
-        {
-            "hidden_size": 320,
-            "intermediate_size": 1280,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "partial_rotary_factor": 0.4,
-            "max_position_embeddings": 128,
-        },
+        published(
+            "microsoft/phi-2",
+            hidden_size=320,
+            intermediate_size=1280,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=128,
+        ),
     ),
     "Granite": Family(
         "Granite",
-        llama(
-            hidden_size=256,
-            head_dim=None,
-            embedding_multiplier=12.0,
-            logits_scaling=8.0,
-            residual_multiplier=0.22,
-            attention_multiplier=0.015625,
-            tie_word_embeddings=True,
-        ),
+        published("ibm-granite/granite-3.3-8b-instruct", **llama(hidden_size=256, head_dim=None)),
     ),
     "SmolLM3": Family(
         "SmolLM3",
-        llama(
-            hidden_size=256,
-            head_dim=None,
-            num_hidden_layers=4,
-            rope_theta=5e6,
-            tie_word_embeddings=True,
-            pad_token_id=0,
+        published(
+            "HuggingFaceTB/SmolLM3-3B",
+            **llama(hidden_size=256, head_dim=None, num_hidden_layers=4, pad_token_id=0),
         ),
     ),
-    # DialoGPT too: the same class, and settings.
-    "GPT-2": Family("GPT2", {"n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": 128}),
-    "OPT": Family(
-        "OPT",
-        {
-            "hidden_size": 128,
-            "ffn_dim": 256,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "word_embed_proj_dim": 128,
-            "max_position_embeddings": 128,
-        },
-    ),
-    "OPT 350m": Family(
-        "OPT",
-        {
-            "hidden_size": 128,
-            "ffn_dim": 256,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "word_embed_proj_dim": 64,
-            "do_layer_norm_before": False,
-            "max_position_embeddings": 128,
-        },
-    ),
+    "GPT-2": Family("GPT2", published("openai-community/gpt2", **GPT2)),
+    "DialoGPT": Family("GPT2", published("microsoft/DialoGPT-small", **GPT2)),
+    "OPT": Family("OPT", published("facebook/opt-125m", **OPT)),
+    "OPT 350m": Family("OPT", OPT | {"word_embed_proj_dim": 64, "do_layer_norm_before": False}),
     "Pythia": Family(
         "GPTNeoX",
-        {
-            "hidden_size": 320,
-            "intermediate_size": 640,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "rotary_pct": 0.25,
-            "max_position_embeddings": 128,
-        },
+        published(
+            "EleutherAI/pythia-1b",
+            hidden_size=320,
+            intermediate_size=640,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+        ),
         ({"use_parallel_residual": False},),
     ),
-    "Falcon 7B": Family("Falcon", FALCON | {"multi_query": True, "parallel_attn": True}),
-    "Falcon 40B": Family("Falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "Falcon 7B": Family("Falcon", published("tiiuae/falcon-7b-instruct", **FALCON)),
+    "Falcon 40B": Family(
+        "Falcon",
+        FALCON
+        | {"alibi": False, "bias": False, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
     "Falcon RW": Family(
         "Falcon",
         FALCON | {"alibi": True, "bias": True, "multi_query": False, "parallel_attn": False},
@@ -294,17 +272,17 @@ FAMILIES = {
     ),
     "StableLM 3B": Family(
         "StableLm",
-        llama(hidden_size=320, head_dim=None, num_key_value_heads=4, partial_rotary_factor=0.25),
+        published(
+            "stabilityai/stablelm-3b-4e1t",
+            **llama(hidden_size=320, head_dim=None, num_key_value_heads=4),
+        ),
         ({"partial_rotary_factor": 0.5},),
     ),
     "StableLM 2": Family(
         "StableLm",
-        llama(
-            hidden_size=256,
-            head_dim=None,
-            num_key_value_heads=4,
-            partial_rotary_factor=0.25,
-            use_qkv_bias=True,
+        published(
+            "stabilityai/stablelm-2-zephyr-1_6b",
+            **llama(hidden_size=256, head_dim=None, num_key_value_heads=4),
         ),
     ),
 }

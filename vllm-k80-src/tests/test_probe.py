@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from vllm_k80 import cli, keys, readiness, serve
+from vllm_k80 import probe as module
 
 
 class Engine:
@@ -22,6 +23,7 @@ class Engine:
     status = 200
     delay = 0.0
     slow_once = 0.0
+    silent_once = 0.0  # about what it serves
     flip = False
     key: str | None = None
 
@@ -39,6 +41,8 @@ def engine() -> Iterator[Engine]:
             self.wfile.write(body)
 
         def do_GET(self) -> None:
+            time.sleep(state.silent_once)
+            state.silent_once = 0.0
             if state.key and self.headers["Authorization"] != f"Bearer {state.key}":
                 self.answer(401, {"error": "Unauthorized"})
             else:
@@ -163,6 +167,15 @@ def test_the_key_is_sent(engine, monkeypatch) -> None:
     engine.key = "secret"
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     assert probe(engine) == 0
+
+
+def test_a_server_that_is_silent_once_is_waited_for(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one on a busy host that loads its model: it is not up yet, and not broken."""
+    monkeypatch.setattr(module, "_QUICK", 0.2)
+    engine.silent_once = 0.5
+    assert probe(engine, "--wait", "10") == 0
 
 
 def test_wait_ends_with_a_sentence(capsys) -> None:

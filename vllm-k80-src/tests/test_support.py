@@ -141,7 +141,16 @@ def test_variants_that_are_served_pass(config: dict[str, Any], tmp_path: Path) -
         ({"quant_method": "fp8"}, "Quantization fp8 is not served"),
         ({"quant_method": "compressed_tensors", "config_groups": {}}, None),
         ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, "Quantization marlin "),
-        ({"quant_method": "aqlm"}, "Quantization aqlm is unknown here"),
+        ({"quant_method": "aqlm"}, "Quantization aqlm is unknown here. Use a GPTQ or AWQ"),
+        ({"load_in_4bit": True}, "Quantization bitsandbytes is not served"),
+        ({"bits": 2}, "Quantization (unnamed) is unknown here"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "Quantization modelopt is not served"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "Quantization modelopt_fp4 is not"),
+        *(
+            ({"quant_method": name}, f"Quantization {name} is not served on a K80 ({method.what})")
+            for name, method in methods.METHODS.items()
+            if not method.served
+        ),
     ],
 )
 def test_methods_of_checkpoints(config: dict[str, Any], message: str | None) -> None:

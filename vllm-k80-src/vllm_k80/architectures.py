@@ -348,19 +348,18 @@ def _unread(config: Mapping[str, Any]) -> _Found:
     return None
 
 
-def experts_refusal(experts: object) -> str:
-    """Why a GGUF file with experts is not served and what to use instead."""
-    return (
-        f"A mixture of {experts} experts, which need Triton, is not served on a K80. Use {_DENSE}."
-    )
-
-
-def gguf_refusal(architecture: str) -> str | None:
+def gguf_refusal(fields: Mapping[str, Any]) -> str | None:
     """Why a GGUF file is not served and what to use instead; None if it is.
 
     Args:
-        architecture: the file's ``general.architecture``.
+        fields: the file's metadata.
     """
+    architecture = str(fields.get("general.architecture"))
+    if experts := fields.get(f"{architecture}.expert_count"):
+        return (
+            f"A mixture of {experts} experts, which need Triton, is not served on a K80. Use "
+            f"{_DENSE}."
+        )
     if architecture in (*_GGUF_PROVEN, *_GGUF_UNPROVEN):
         return None
     why = "vLLM 0.10.1.1 or its transformers has no reader for it, or no operator runs it here"

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_k80 import architectures
 from vllm_k80.errors import BadSetting, NotServed, UserError
 from vllm_k80.quantization import gguf_header, methods
 from vllm_k80.quantization.gguf_file import check_types
@@ -812,8 +811,6 @@ def of_header(header: gguf_header.Header, path: Path, dtype: str, dies: int = 1)
     build, where = _build(architecture, str(path)), str(path)
     prefix = f"{architecture}."
     config = _Config(header.fields, where)
-    if experts := config.get(prefix + "expert_count"):
-        raise NotServed(f"{path}: {architectures.experts_refusal(experts)}")
 
     def size(name: str, default: int | None = None) -> int:  # a list has a number for each layer
         return config.size(prefix + name, default=default)

@@ -53,8 +53,7 @@ class Source:
     def refusal(self) -> str | None:
         """Why its architecture is not served, None if it is."""
         if self.header is not None:
-            name = str(self.header.fields.get("general.architecture"))
-            return architectures.gguf_refusal(name)
+            return architectures.gguf_refusal(self.header.fields)
         return architectures.refusal(self.config or {})
 
     def model(self, settings: Settings) -> Model:

@@ -17,6 +17,8 @@ from vllm_k80.errors import UserError
 
 GOLDEN_PROMPT = "The capital of France is"
 GOLDEN_TOKENS = 16
+# Seconds that a server may take to say what it serves, which needs no model.
+_QUICK = 5.0
 
 
 class ProbeError(UserError):
@@ -24,7 +26,7 @@ class ProbeError(UserError):
 
 
 class NotUpError(ProbeError):
-    """The server does not answer yet."""
+    """The server does not answer, or not in time: it may do so later."""
 
 
 def ask(url: str, payload: dict[str, Any] | None, timeout: float) -> Any:
@@ -48,7 +50,7 @@ def ask(url: str, payload: dict[str, Any] | None, timeout: float) -> Any:
     except (TimeoutError, urllib.error.URLError, ConnectionError) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, TimeoutError):
-            raise ProbeError(f"{url} did not answer within {timeout:g} s.") from None
+            raise NotUpError(f"{url} did not answer within {timeout:g} s.") from None
         raise NotUpError(f"{url}: {reason}.") from None
     except json.JSONDecodeError:
         raise ProbeError(f"{url} did not answer in JSON. Is it a vLLM server?") from None
@@ -95,7 +97,7 @@ def wait_until_up(url: str, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            ask(f"{url}/v1/models", None, 5.0)
+            ask(f"{url}/v1/models", None, _QUICK)
             return
         except NotUpError as error:
             if time.monotonic() > deadline:

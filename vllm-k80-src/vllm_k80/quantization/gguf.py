@@ -254,7 +254,7 @@ class K80GGUFModelLoader(CachingLoader, GGUFModelLoader):
 
     def load_model(self, vllm_config: Any, model_config: Any) -> torch.nn.Module:
         header = gguf_header.read(Path(model_config.model))
-        if refusal := gguf_refusal(str(header.fields.get("general.architecture"))):
+        if refusal := gguf_refusal(header.fields):
             raise ValueError(f"{model_config.model}: {refusal}")
         # Upstream builds the Hugging Face model without weights, to learn its names, and
         # transformers refuses its default attention below torch 2.1.1.

@@ -17,6 +17,7 @@ from typing import Any
 
 from vllm_k80 import architectures
 from vllm_k80.errors import UserError
+from vllm_k80.quantization import gguf_header
 
 SUPPORTED_TYPES = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
@@ -70,11 +71,9 @@ def check_types(path: Path, reader: Any) -> None:
         )
 
 
-def check_architecture(path: Path, reader: Any) -> None:
+def check_architecture(path: Path) -> None:
     """Refuse a file of an architecture that is not served (UserError)."""
-    entry = reader.get_field("general.architecture")
-    name = "(none)" if entry is None else str(entry.contents())
-    if refusal := architectures.gguf_refusal(name):
+    if refusal := architectures.gguf_refusal(gguf_header.read(path).fields):
         raise UserError(f"{path}: {refusal}")
 
 
@@ -198,7 +197,7 @@ def extract_metadata(path: Path, cache: Path) -> Path:
         with shared_reader():
             try:
                 reader = gguf.GGUFReader(path)
-                check_architecture(path, reader)
+                check_architecture(path)
                 check_types(path, reader)
             except (ValueError, IndexError) as error:
                 raise UserError(f"{path} is damaged or of an unknown version: {error}.") from None

@@ -78,7 +78,10 @@ def refusal(method: str) -> str | None:
     """Why a method, by vLLM's name, is not served and what to use instead; None if it is."""
     known = METHODS.get(method)
     if known is None:
-        return f"Quantization {method} is unknown here. `vllm-k80 support` lists what is served."
+        return (
+            f"Quantization {method or '(unnamed)'} is unknown here. Use {_4_BITS}; `vllm-k80 "
+            f"support` lists what is served."
+        )
     if known.served:
         return None
     return f"Quantization {method} is not served on a K80 ({known.what}). Use {known.instead}."
@@ -169,6 +172,9 @@ def checkpoint_refusal(config: Mapping[str, Any]) -> str | None:
     method = str(config.get("quant_method") or "").lower().replace("_tensors", "-tensors")
     if config.get("is_marlin_format"):
         method = "marlin"
+    # Its older releases wrote no name.
+    if not method and (config.get("load_in_4bit") or config.get("load_in_8bit")):
+        method = "bitsandbytes"
     # One name for both; which it is, vLLM sees by this too.
     if method == "modelopt" and "FP4" in str(config.get("quant_algo")).upper():
         method = "modelopt_fp4"
