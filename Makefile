@@ -2,8 +2,9 @@
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-# A question may hold any character: it travels in the environment, not through
-# a shell's command line.
+# A question may hold any character: it travels in the environment, not through a shell's command line, and make is not
+# to expand what is in it.
+override Q := $(value Q)
 export Q
 
 .PHONY: help
@@ -40,14 +41,13 @@ demo-clean: venv ## Remove the demo's server, its built image and its keys
 
 # What needs no Docker keeps one core busy for a quarter of an hour, the scenario waits for much: side by side.
 .PHONY: test
-test: venv ## Checks, tests and the main scenario (needs Docker; 40 minutes)
-	@$(MAKE) lint
+test: venv ## Checks, tests and the main scenario (needs Docker; 40 to 60 minutes)
 	@$(MAKE) --jobs=2 test-apart test-molecule
 
 # What they say is shown when they have ended, not between the lines of the scenario.
 .PHONY: test-apart
 test-apart: venv
-	@mkdir -p build; { $(MAKE) test-package && $(MAKE) test-unit; } > build/test-apart.log 2>&1; \
+	@mkdir -p build; { $(MAKE) lint && $(MAKE) test-package && $(MAKE) test-unit; } > build/test-apart.log 2>&1; \
 	status=$$?; cat build/test-apart.log; exit $$status
 
 .PHONY: test-hosts

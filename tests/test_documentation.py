@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,16 @@ def test_what_is_wrong_is_named_with_its_line(page: Path, text: str, fault: str)
     assert told
     assert told[0].startswith(f"{page}:")
     assert int(told[0].removeprefix(f"{page}:").partition(":")[0]) in (3, 5)
+
+
+def test_no_code_of_the_product_knows_of_the_emulator() -> None:
+    product = ["roles", "playbooks", "library", "group_vars", "site.yml", "vllm-k80-src"]
+    listed = subprocess.run(
+        ["git", "grep", "--ignore-case", "--files-with-matches", "emulator", "--", *product],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert [name for name in listed.stdout.split() if not name.endswith(".md")] == []
+    assert listed.stdout, "the search finds what is there"

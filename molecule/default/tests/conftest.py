@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -29,6 +29,22 @@ pytest_runtest_makereport = reporting(
         " | grep -vE 'GET /ready|Route: |IPv6|ignoring event' | tail -n 100",
     },
 )
+
+
+# Of each process that was given dies: its namespace of process ids, which is its container's, and
+# their UUIDs.
+OWNERS = """
+import glob, os
+for process in glob.glob("/proc/[0-9]*"):
+    try:
+        with open(f"{process}/environ", "rb") as file:
+            entries = [entry.decode(errors="replace") for entry in file.read().split(b"\\0")]
+        for entry in entries:
+            if entry.startswith("NVIDIA_VISIBLE_DEVICES="):
+                print(os.readlink(f"{process}/ns/pid"), entry.partition("=")[2])
+    except OSError:
+        pass
+"""
 
 
 @dataclass(frozen=True)
@@ -91,21 +107,22 @@ class Server:
     def is_active(self, instance: Instance) -> bool:
         return self.host.run("systemctl is-active %s", instance.unit).stdout.strip() == "active"
 
+    def owners(self) -> dict[str, set[str]]:
+        """The containers, by a namespace of theirs, that each die was given to, by UUID.
+
+        Asked of the kernel: a daemon that was killed knows nothing of what it has left behind.
+        """
+        owners: dict[str, set[str]] = defaultdict(set)
+        for line in self.host.run("python3 -c %s", OWNERS).stdout.splitlines():
+            namespace, _, uuids = line.partition(" ")
+            for uuid in uuids.split(","):
+                owners[uuid].add(namespace)
+        return owners
+
     def assert_one_container_per_die(self) -> None:
         """Whatever happens, no die is ever given to two containers that run."""
-        ids = self.host.run("docker ps --quiet").stdout.split()
-        if not ids:
-            return
-        result = self.host.run("docker inspect " + " ".join(ids))
-        if result.rc != 0:  # one ended in between, or the daemon is away
-            return
-        owners: Counter[str] = Counter()
-        for container in json.loads(result.stdout):
-            for entry in container["Config"]["Env"]:
-                name, _, value = entry.partition("=")
-                if name == "NVIDIA_VISIBLE_DEVICES":
-                    owners.update(value.split(","))
-        assert not [uuid for uuid, count in owners.items() if count > 1], owners
+        owners = self.owners()
+        assert not [uuid for uuid, them in owners.items() if len(them) > 1], owners
 
     def wait_until_serving(self, timeout: float) -> None:
         """Until every instance is up and proven, twice in a row."""

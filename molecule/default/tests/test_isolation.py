@@ -17,12 +17,31 @@ def instance(request: pytest.FixtureRequest, server: Server) -> Instance:
 
 def test_there_is_one_instance_for_each_die(server: Server) -> None:
     assert len(server.instances) == 2
-    server.assert_one_container_per_die()
+    owners = server.owners()
+    assert set(owners) == {instance.uuid for instance in server.instances}
+    assert [len(containers) for containers in owners.values()] == [1, 1]
     for instance in server.instances:
         shown = server.in_container(
             instance, "import subprocess; print(subprocess.getoutput('nvidia-smi -L'))"
         )
         assert shown.splitlines() == [f"GPU 0: Tesla K80 (UUID: {instance.uuid})"]
+
+
+def test_docker_runs_with_its_options(server: Server) -> None:
+    info = json.loads(server.run("docker info --format '{{json .}}'"))
+    assert (info["LoggingDriver"], info["LiveRestoreEnabled"]) == ("json-file", False)
+    assert "nvidia" in info["Runtimes"]
+    options = json.loads(server.run("cat /etc/docker/daemon.json"))
+    assert options["log-opts"] == {"max-size": "10m", "max-file": "3"}
+
+
+def test_the_image_is_as_small_as_promised(server: Server) -> None:
+    """Also the layer of our own package, which is all that a change of it brings."""
+    container = server.instances[0].unit
+    image = server.run(f"docker inspect --format {{{{.Image}}}} {container}")
+    assert int(server.run(f"docker image inspect --format {{{{.Size}}}} {image}")) < 5e9
+    layers = server.run(f"docker history --human=false --format {{{{.Size}}}} {image}").split()
+    assert 0 < next(int(size) for size in layers if size != "0") < 200e6
 
 
 def test_the_container_has_its_own_die_and_no_other(server: Server, instance: Instance) -> None:

@@ -142,8 +142,14 @@ def test_daemon_reload(server: Server, ask: Callable[..., str]) -> None:
     assert [server.container_id(instance) for instance in server.instances] == before
 
 
+def dockerd(server: Server) -> str:
+    return server.run("systemctl show --property MainPID --value docker.service")
+
+
 def test_docker_restart(server: Server) -> None:
+    old = dockerd(server)
     server.run("systemctl restart docker")
+    assert dockerd(server) not in ("0", old)
 
 
 def test_docker_stop_and_start(server: Server) -> None:
@@ -156,7 +162,13 @@ def test_docker_stop_and_start(server: Server) -> None:
 
 
 def test_docker_killed(server: Server) -> None:
+    old = dockerd(server)
     server.run("systemctl kill --signal KILL --kill-whom main docker.service")
+    deadline = time.monotonic() + 60
+    while dockerd(server) in ("0", old):
+        server.assert_one_container_per_die()
+        assert time.monotonic() < deadline, "systemd has not started it again"
+        time.sleep(0.5)
 
 
 def test_reboot(server: Server) -> None:
