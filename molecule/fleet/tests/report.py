@@ -53,9 +53,18 @@ def often(rows: list[Row]) -> str:
     return f"Each ran twice or more, but for these, which ran once: {'; '.join(once)}."
 
 
+def places(rows: list[Row]) -> str:
+    """Days and machines; where there are several, what was measured there, too."""
+    names: dict[str, dict[str, None]] = {}
+    for row in rows:
+        names.setdefault(f"on {row['on']}, {row['machine']}", {})[row["name"]] = None
+    if len(names) == 1:
+        return "".join(names)
+    return "; ".join(f"{place}: {', '.join(them)}" for place, them in names.items())
+
+
 def write(path: Path, rows: list[Row]) -> None:
-    days = sorted({f"on {row['on']}, {row['machine']}" for row in rows})
-    where = f"Measured {'; and '.join(days)}. {often(rows)}"
+    where = f"Measured {places(rows)}. {often(rows)}"
     head = Path(__file__).with_name("reliability.md").read_text()
     path.write_text("\n".join([head, where, "", *table(rows), ""]))
 
