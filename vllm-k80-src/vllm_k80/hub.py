@@ -81,8 +81,7 @@ def ask(
             raise UserError(f"{where} on {hub} has no config.json to judge it by. Name another.")
         files_at = f"{hub}/{repository}/resolve/{named}"
         config = dict(_json(f"{files_at}/config.json", timeout))
-        beside = next((name for name in methods.SIDECARS if name in sizes), "")
-        if beside and not methods.quantization_of(config):
+        if beside := methods.sidecar(config, sizes):
             config |= methods.of_sidecar(beside, _json(f"{files_at}/{beside}", timeout))
     except HTTPError as error:
         if error.code not in (401, 403, 404):

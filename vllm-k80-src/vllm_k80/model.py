@@ -230,6 +230,7 @@ def _neox(config: "_Config") -> dict[str, Any]:
 
 
 _PLAIN = _Build(centred=True, gated=False, inner_bias=True, simulated=False)
+_UNNAMED = dataclasses.replace(_PLAIN, prefix="", names=("",) * 4)
 
 _BUILDS = {
     "LlamaForCausalLM": _Build(by_config=_llama),
@@ -272,26 +273,13 @@ _BUILDS = {
         by_config=_opt,
     ),
     "GPTNeoXForCausalLM": dataclasses.replace(
-        _PLAIN, rotary=0.25, stored_fused=True, prefix="", names=("",) * 4, by_config=_neox
+        _UNNAMED, rotary=0.25, stored_fused=True, by_config=_neox
     ),
     "PhiForCausalLM": dataclasses.replace(
-        _PLAIN,
-        norms=1,
-        qkv_bias=True,
-        output_bias=True,
-        head_bias=True,
-        rotary=0.5,
-        prefix="",
-        names=("",) * 4,
+        _UNNAMED, norms=1, qkv_bias=True, output_bias=True, head_bias=True, rotary=0.5
     ),
     "FalconForCausalLM": dataclasses.replace(
-        _PLAIN,
-        tied=True,
-        stored_fused=True,
-        longest=2048,
-        prefix="",
-        names=("",) * 4,
-        by_config=_falcon,
+        _UNNAMED, tied=True, stored_fused=True, longest=2048, by_config=_falcon
     ),
     # GGUF's names. Biases are tensors there.
     "llama": _Build(),
@@ -636,9 +624,10 @@ def of_config(
     biases += build.inner_bias * (fan_out + hidden)
     norm = (1 + build.centred) * hidden
     in_a_layer = build.norms * norm + build.head_norms * head_size + biases
-    share = config.get(*_ROTARY)
-    placing = positions * int(head_size * (build.rotary if share is None else share))
-    if build.learned is not None:
+    if build.learned is None:
+        share = config.get(*_ROTARY)
+        placing = positions * int(head_size * (build.rotary if share is None else share))
+    else:
         placing = (longest + build.learned) * hidden
     rest = count * in_a_layer + build.last_norm * norm + build.head_bias * rows + placing
     # Into and out of layers that are wider than what is known of a token; each die has all of both.
@@ -728,11 +717,8 @@ def told_beside(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
     Empty where there is nothing to add. Errors: `read_json`.
     """
-    if not methods.quantization_of(config):
-        for name in methods.SIDECARS:
-            if (path / name).exists():
-                return methods.of_sidecar(name, read_json(path / name))
-    return {}
+    name = methods.sidecar(config, [file.name for file in path.iterdir()])
+    return methods.of_sidecar(name, read_json(path / name)) if name else {}
 
 
 def read_config(path: Path) -> dict[str, Any]:

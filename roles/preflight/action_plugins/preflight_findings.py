@@ -57,11 +57,6 @@ PACKAGE = Path(__file__).resolve().parents[3] / "vllm-k80-src"
 # Bytes at the beginning of a GGUF file in which its header is; a vocabulary takes most of it. Those
 # of most are within the first size, and what follows a header costs seconds to bring here.
 GGUF_HEADS = (1 << 21, 1 << 24)
-# What of a checkpoint's directory `vllm-k80 plan` reads, as far as it is there.
-CONFIGURATION = (
-    "config.json",
-    *("quantize_config.json", "quant_config.json", "hf_quant_config.json"),
-)
 
 
 class Warn(str):
@@ -1318,16 +1313,16 @@ class ActionModule(ActionBase):
     def _described(self, path: str, copy: Path, size: int) -> str:
         """A copy of what tells of a model on the host, without its weights; empty if there is none.
 
-        The copy is a directory with the files of `CONFIGURATION`, or that many bytes of a GGUF
-        file's head.
+        The copy is a directory with a config.json and others that end so, which may tell of a
+        quantization, or that many bytes of a GGUF file's head.
         """
         if size:
             copy = copy.with_name(f"{copy.name}-{size}.gguf")
             read = f"head -c {size} {shlex.quote(path)}"
         else:
-            read = f"tar -C {shlex.quote(path)} -ch {' '.join(CONFIGURATION)}"
+            read = f"cd {shlex.quote(path)} && tar -ch -- *config.json"
         if not copy.exists():
-            told = self._low_level_execute_command(f"{read} | gzip -c | base64")
+            told = self._low_level_execute_command(f"({read}) | gzip -c | base64")
             try:
                 # A terminal on the way may have changed the ends of the lines.
                 packed = base64.b64decode("".join(told["stdout"].split()), validate=True)
@@ -1337,9 +1332,9 @@ class ActionModule(ActionBase):
                     return str(copy)
                 copy.mkdir()
                 with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-                    for name in set(CONFIGURATION) & set(archive.getnames()):
-                        if file := archive.extractfile(name):
-                            (copy / name).write_bytes(file.read())
+                    for member in archive.getmembers():
+                        if file := archive.extractfile(member):
+                            (copy / Path(member.name).name).write_bytes(file.read())
             except (binascii.Error, zlib.error, tarfile.TarError, OSError):
                 return ""
         return str(copy)

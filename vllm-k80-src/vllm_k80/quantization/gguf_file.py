@@ -188,6 +188,8 @@ def extract_metadata(path: Path, cache: Path) -> Path:
     if target.is_dir():
         return target
 
+    check_architecture(path)
+
     import gguf
     from transformers import AutoConfig, AutoTokenizer
 
@@ -197,7 +199,6 @@ def extract_metadata(path: Path, cache: Path) -> Path:
         with shared_reader():
             try:
                 reader = gguf.GGUFReader(path)
-                check_architecture(path)
                 check_types(path, reader)
             except (ValueError, IndexError) as error:
                 raise UserError(f"{path} is damaged or of an unknown version: {error}.") from None

@@ -3,7 +3,7 @@
 The one place for both. It needs neither torch nor vLLM, so that the command line answers at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +147,11 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a config.json says of a checkpoint's quantization, empty if nothing."""
     told = config.get("quantization_config") or config.get("compression_config") or {}
     return dict(told) if isinstance(told, Mapping) else {"quant_method": str(told)}
+
+
+def sidecar(config: Mapping[str, Any], files: Collection[str]) -> str:
+    """Which of a checkpoint's files tells of a quantization that config.json lacks, "" if none."""
+    return "" if quantization_of(config) else next((name for name in SIDECARS if name in files), "")
 
 
 def of_sidecar(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
