@@ -41,8 +41,13 @@ demo-clean: venv ## Remove the demo's server, its built image and its keys
 
 # What needs no Docker keeps one core busy for a quarter of an hour, the scenario waits for much: side by side.
 .PHONY: test
-test: venv ## Checks, tests and the main scenario (needs Docker; 40 to 60 minutes)
-	@$(MAKE) --jobs=2 test-apart test-molecule
+test: venv ## Checks, tests and the main scenario (needs Docker; 40 to 60 minutes); HOSTS=1 adds test-hosts
+	@$(MAKE) --jobs=2 test-beside test-molecule
+
+# One scenario at a time there: with the main one they are two.
+.PHONY: test-beside
+test-beside: test-apart
+	@$(if $(HOSTS),MOLECULE_AT_ONCE=1 $(MAKE) test-hosts)
 
 # What they say is shown when they have ended, not between the lines of the scenario.
 .PHONY: test-apart

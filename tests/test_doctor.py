@@ -818,6 +818,17 @@ def test_a_die_without_a_board_s_switch_may_slow_its_link_down(server: Server) -
     assert told(server.examine()[1]) == {}
 
 
+def test_a_driver_that_somebody_else_installed_is_not_asked_for_what_the_role_leaves(
+    server: Server,
+) -> None:
+    server.declared["driver"] |= {"module": "", "persistence": False}
+    remove("etc/modprobe.d/k80-nouveau.conf")(server)
+    code, report = server.examine()
+    assert (code, told(report)) == (0, {})
+    skipped = {row["name"] for row in report["checks"] if row["status"] == "skip"}
+    assert skipped == {"driver-kernels", "persistence"}
+
+
 def test_an_instance_of_two_dies_fails_with_either(server: Server) -> None:
     server.declared["instances"].pop()
     server.declared["instances"][0] |= {"dies": [*DIES], "uuids": [*UUIDS]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from testinfra.host import Host
 
 VERSION = "470.256.02"
@@ -40,6 +41,28 @@ def test_no_initial_ram_disk_lets_nouveau_in(host: Host) -> None:
         assert "nouveau" not in host.check_output(
             f"modprobe --set-version {kernel} --show-depends --use-blacklist nouveau || true"
         )
+
+
+@pytest.mark.parametrize(
+    ("check", "pattern"),
+    [
+        ("nouveau", "/etc/modprobe.d/k80-nouveau.conf"),
+        ("driver-kernels", f"/lib/modules/*/updates/dkms/{MODULE}.ko*"),
+    ],
+)
+def test_the_doctor_misses_what_is_gone(host: Host, check: str, pattern: str) -> None:
+    def status() -> str:
+        report = json.loads(host.run("k80-doctor --json").stdout)
+        return next(str(row["status"]) for row in report["checks"] if row["name"] == check)
+
+    assert status() == "ok"
+    path = host.check_output(f"ls {pattern} | head -n1")
+    host.check_output(f"mv {path} /root/kept")
+    try:
+        assert status() == "warn"
+    finally:
+        host.check_output(f"mv /root/kept {path}")
+    assert status() == "ok"
 
 
 def test_the_libraries_are_of_the_same_version(host: Host) -> None:
