@@ -124,6 +124,53 @@ def test_an_unquantized_model_goes_through_our_operators(tiny: Path) -> None:
     }
 
 
+SCORE = """
+import json, os, sys
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+from vllm import LLM, SamplingParams
+arguments = json.loads(sys.argv[1])
+engine = LLM(max_num_seqs=4, max_num_batched_tokens=100, max_model_len=256, **arguments["engine"])
+runner = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+rows, compute = [], runner.model.compute_logits
+def counted(hidden, *more):
+    rows.append(len(hidden))
+    return compute(hidden, *more)
+runner.model.compute_logits = counted
+sampling = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=2, detokenize=False)
+prompts = [{"prompt_token_ids": prompt} for prompt in arguments["prompts"]]
+outputs = engine.generate(prompts, sampling, use_tqdm=False)
+print("RESULT " + json.dumps({
+    "rows": max(rows), "left": len(runner.input_batch.num_prompt_logprobs),
+    "scores": [
+        [at[token].logprob if at else None
+         for token, at in zip(o.prompt_token_ids, o.prompt_logprobs, strict=True)]
+        for o in outputs
+    ],
+}))
+"""
+
+
+def test_a_long_prompt_is_scored_in_parts(tiny: Path) -> None:
+    """All logits of 2,048 tokens of a large vocabulary, and what is made of them, take gigabytes.
+
+    Prompts end at, before and after the end of a part, and of a prefill step.
+    """
+    prompts = [[3 + (7 * i + n) % 90 for i in range(n)] for n in (1, 2, 64, 65, 100, 164, 165, 250)]
+    engine = {"model": str(tiny), "skip_tokenizer_init": True}
+    [result] = engines.results(SCORE, {"engine": engine, "prompts": prompts})
+    assert result["rows"] <= 64
+    assert result["left"] == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny, torch_dtype=torch.float32, attn_implementation="eager"
+    )
+    for prompt, scores in zip(prompts, result["scores"], strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt])).logits[0, :-1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(prompt)[1:, None])[:, 0]
+        assert scores[0] is None
+        assert scores[1:] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,

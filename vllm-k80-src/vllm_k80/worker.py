@@ -1,7 +1,7 @@
 """Upstream's worker and model runner, on a die and on a host without a GPU.
 
-On a GPU a probe comes first, and upstream's own classes run unchanged. Without one only what asks
-for a CUDA device is replaced; scheduling, batching, sampling and the model are the same code.
+On a GPU a probe comes first, and prompts are scored in parts. Without one only what asks for a CUDA
+device is replaced as well; scheduling, batching, sampling and the model are upstream's code.
 """
 
 import os
@@ -11,6 +11,8 @@ import torch
 from vllm.logger import init_logger
 from vllm.model_executor.utils import set_random_seed
 from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
 
@@ -22,6 +24,10 @@ from vllm_k80.platform import K80Platform, cpu_kv_cache_limit
 logger = init_logger("vllm.k80.worker")
 
 _SMX_OF_A_DIE = 13  # GK210 as it is on a K80
+# Tokens of a prompt whose logits are there at a time: with their FP32 copy and logarithms, and what
+# ranks them, 16 bytes each. Of the largest vocabulary proven, 262,144 tokens, these take less than
+# the buffers of a prefill step (`device.work_bytes`), which is over by then.
+_SCORED = 64
 
 
 def kv_cache_bytes(worker: Worker, profiled: int | None = None) -> int:
@@ -97,6 +103,37 @@ def _refusal(worker: Worker, limits: Limits, left: int, needed: int) -> str:
     )
 
 
+class K80ModelRunner(GPUModelRunner):
+    """`GPUModelRunner` that scores a prompt in parts.
+
+    Upstream makes the logits of all of a step's tokens at once for ``prompt_logprobs``: of 2,048
+    tokens and a vocabulary of 128,256 they and their copies take 3 GB, which no die has left.
+    """
+
+    def _get_prompt_logprobs_dict(
+        self, hidden_states: torch.Tensor, scheduler_output: SchedulerOutput
+    ) -> dict[str, LogprobsTensors | None]:
+        asked, scheduled = (
+            self.input_batch.num_prompt_logprobs,
+            scheduler_output.num_scheduled_tokens,
+        )
+        scored: dict[str, LogprobsTensors | None] = {}
+        for name in [*asked]:
+            request, tokens = self.requests[name], scheduled[name]
+            computed = request.num_computed_tokens
+            alone = {name: asked[name]}
+            self.input_batch.num_prompt_logprobs = alone
+            for start in range(0, tokens, _SCORED):
+                request.num_computed_tokens = computed + start
+                scheduled[name] = min(_SCORED, tokens - start)
+                scored |= super()._get_prompt_logprobs_dict(hidden_states[start:], scheduler_output)
+            request.num_computed_tokens, scheduled[name] = computed, tokens
+            if not alone:  # upstream takes out what is done
+                del asked[name]
+        self.input_batch.num_prompt_logprobs = asked
+        return scored
+
+
 class K80Worker(Worker):
     """`Worker`, with CUDA graphs only on a die that replays them rightly.
 
@@ -108,6 +145,8 @@ class K80Worker(Worker):
 
     def init_device(self) -> None:
         super().init_device()
+        # Upstream names the class of its runner in that method.
+        self.model_runner.__class__ = K80ModelRunner
         if self.model_config.enforce_eager:
             return
         if reason := graphs.probe(self.device):
@@ -118,8 +157,8 @@ class K80Worker(Worker):
         fusion.fuse(self.model_runner.get_model())
 
 
-class ReferenceModelRunner(GPUModelRunner):
-    """`GPUModelRunner` with the CPU as its device."""
+class ReferenceModelRunner(K80ModelRunner):
+    """`K80ModelRunner` with the CPU as its device."""
 
     def _init_device_properties(self) -> None:
         self.num_sms = _SMX_OF_A_DIE
