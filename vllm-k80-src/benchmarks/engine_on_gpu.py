@@ -6,6 +6,7 @@ Needs vLLM 0.10.1.1, torch with CUDA and `vllm_k80/kernels/vllm_k80.fatbin` (csr
     python benchmarks/engine_on_gpu.py shape {7b,13b} [RESULT.json]
     python benchmarks/engine_on_gpu.py smollm2 GGUF CPU.json [RESULT.json]
     python benchmarks/engine_on_gpu.py memory MODEL {k80-w4,k80-w8,k80-f16} [RESULT.json]
+    python benchmarks/engine_on_gpu.py bounded MODEL SECONDS [RESULT.json]
     python tests/test_formats_engine.py DIRECTORY         # where transformers can dequantize
     python benchmarks/engine_on_gpu.py formats DIRECTORY [RESULT.json]
     python benchmarks/engine_on_gpu.py families [RESULT.json]
@@ -15,18 +16,22 @@ Needs vLLM 0.10.1.1, torch with CUDA and `vllm_k80/kernels/vllm_k80.fatbin` (csr
 there is no checkpoint, and its tokens mean nothing. `smollm2` runs a real model, with and without
 CUDA graphs, and compares its tokens with those of the CPU. `memory` compares what torch's allocator
 has given out with what `vllm-k80 plan` says, of a model of that shape or one of tools/models.json,
-with random weights. `formats` runs a tiny checkpoint of each format, the second time from the cache
-of weights, and compares its tokens with those of its dequantized twin. `families` runs the tiny
-checkpoints of all proven families (tests/test_models.py), in FP16 and in INT4, against Hugging
-Face's models in FP32 on the CPU of the same host.
-Results are added to RESULT.json. Exit status 1 if tokens or log-probabilities differ, or memory by
-more than 3 %. Times are those of this GPU, not of a K80.
+with random weights. `bounded` gives an engine a die's memory and no more, and for so long requests
+of every kind; a sequence may be as long as `vllm-k80 plan` says. `formats` runs a tiny checkpoint
+of each format, the second time from the cache of weights, and compares its tokens with those of
+its dequantized twin. `families` runs the tiny checkpoints of all proven families
+(tests/test_models.py), in FP16 and in INT4, against Hugging Face's models in FP32 on the CPU of the
+same host.
+Results are added to RESULT.json. Exit status 1 if tokens or log-probabilities differ, memory by
+more than 3 %, or a bounded engine was not put to it. Times are those of this GPU, not of
+a K80.
 """
 
 import ctypes
 import gc
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -220,7 +225,13 @@ class _Timed:
 
 
 def write_config(name: str, directory: Path) -> dict[str, Any]:
-    """Write the config.json of a shape; returns what is in it."""
+    """Write the config.json of a shape or of a model of the table; returns what is in it."""
+    if name not in SHAPES:
+        listed: dict[str, Any] = LISTED[name]["config"]
+        kind = listed["architectures"][0].removesuffix("ForCausalLM").lower()
+        config = {"model_type": {"gemma3": "gemma3_text"}.get(kind, kind)} | listed
+        (directory / "config.json").write_text(json.dumps(config))
+        return config
     hidden, feed_forward, layers, heads = SHAPES[name]
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -390,14 +401,31 @@ def families() -> tuple[dict[str, Any], bool]:
     return result, good
 
 
+def load_random_weights(directory: str) -> None:
+    """Let the model of a config.json, which has no weights beside it, have random ones in FP16."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from vllm_k80.quantization.loader import K80ModelLoader
+
+    def weights(*_: Any) -> Iterator[tuple[str, Any]]:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+        parts = dict(model.named_parameters())
+        # One for all: billions of random numbers take minutes.
+        numbers = torch.rand(max(part.numel() for part in parts.values()), dtype=torch.float16)
+        for key, part in parts.items():
+            yield key, numbers[: part.numel()].view(part.shape)
+
+    K80ModelLoader.get_all_weights = weights
+
+
 def memory(name: str, quantization: str) -> tuple[dict[str, Any], bool]:
     """Bytes of weights and of a token's KV cache, allocated and planned; whether they agree."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
     from vllm import LLM
 
     from vllm_k80 import memory, plan
-    from vllm_k80.quantization.loader import K80ModelLoader
     from vllm_k80.worker import K80Worker
 
     load, determine = K80Worker.load_model, K80Worker.determine_available_memory
@@ -418,26 +446,12 @@ def memory(name: str, quantization: str) -> tuple[dict[str, Any], bool]:
         result["token"] = [sum(spec.page_size_bytes // spec.block_size for spec in specs)]
         return int(size)
 
-    def random_weights(*_: Any) -> Iterator[tuple[str, Any]]:
-        config = AutoConfig.from_pretrained(directory)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        for key, part in model.named_parameters():
-            yield key, torch.rand(part.shape, dtype=torch.float16)
-
-    K80ModelLoader.get_all_weights = random_weights
     K80Worker.load_model, K80Worker.determine_available_memory = load_and_look, determine_and_look
     limits = memory.Limits(tokens=CONTEXT, sequences=max(BATCHES))
-    dtype = "half"
+    dtype = "half" if name in SHAPES else models_table.dtype(LISTED[name])
     with tempfile.TemporaryDirectory() as directory:
-        if name in SHAPES:
-            write_config(name, Path(directory))
-        else:
-            listed = LISTED[name]
-            dtype = models_table.dtype(listed)
-            kind = listed["config"]["architectures"][0].removesuffix("ForCausalLM").lower()
-            config = {"model_type": {"gemma3": "gemma3_text"}.get(kind, kind)} | listed["config"]
-            (Path(directory) / "config.json").write_text(json.dumps(config))
+        write_config(name, Path(directory))
+        load_random_weights(directory)
         LLM(
             model=directory,
             skip_tokenizer_init=True,
@@ -458,6 +472,109 @@ def memory(name: str, quantization: str) -> tuple[dict[str, Any], bool]:
     allocated, expected = result["weights"]
     good = abs(allocated - expected) <= 0.03 * expected and len({*result["token"]}) == 1
     return {f"{what} allocated, planned": sizes for what, sizes in result.items()}, good
+
+
+def give_a_dies_memory() -> int:
+    """Let torch's allocator, and who asks the card, have no more; returns the allocator's bytes.
+
+    The context is taken to be as large as it is planned. This card's own is larger.
+    """
+    import torch
+
+    from vllm_k80 import device
+    from vllm_k80.platform import K80Platform
+
+    die, ask = device.K80_MEMORY, torch.cuda.mem_get_info
+    context = device.work_bytes(tokens=0, sequences=0, vocabulary=0, hidden=0, widest=0)["context"]
+    card = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((die - context) / card)
+
+    def of_a_die(device: Any = None) -> tuple[int, int]:
+        free, total = ask(device)
+        return die - (total - free), die
+
+    torch.cuda.mem_get_info = of_a_die
+    K80Platform.get_device_total_memory = classmethod(lambda cls, device_id=0: die)
+    return die - context
+
+
+def bounded(name: str, seconds: int) -> tuple[dict[str, Any], bool]:
+    """What an engine has done with a die's memory; whether it was enough."""
+    import torch
+    from vllm import LLM, SamplingParams
+
+    from vllm_k80 import memory, plan
+
+    allowed = give_a_dies_memory()
+    with tempfile.TemporaryDirectory() as directory:
+        config = write_config(name, Path(directory))
+        for sequences in (memory.Limits().sequences, models_table.FEW):
+            settings = plan.Settings(
+                dtype="half", weights="int4", limits=memory.Limits(sequences=sequences)
+            )
+            planned = plan.judge(plan.source(directory), settings)
+            if planned["largest_context"] >= min(CONTEXT, planned["context"]):
+                break
+        context = planned["largest_context"]
+        load_random_weights(directory)
+        llm = LLM(
+            model=directory,
+            skip_tokenizer_init=True,
+            quantization="k80-w4",
+            dtype="half",
+            max_model_len=context,
+            max_num_seqs=sequences,
+            max_num_batched_tokens=memory.Limits().tokens,  # of a large card vLLM takes more
+            seed=0,
+        )
+    engine, chance = llm.llm_engine, random.Random(0)
+    scheduler = engine.engine_core.engine_core.scheduler
+    preempted, again = [0], scheduler.waiting.prepend_request
+
+    def counted(request: Any) -> None:
+        preempted[0] += request.status.name == "PREEMPTED"
+        again(request)
+
+    scheduler.waiting.prepend_request = counted
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 1, "top_k": 40, "top_p": 0.9, "min_p": 0.01},
+        {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
+        {"temperature": 0.7, "logprobs": 20, "seed": 1},
+        {"temperature": 0, "prompt_logprobs": 20},
+    ]
+    sent, finished, fullest = 0, 0, 0.0
+    begun, graphs = time.monotonic(), str(model_runner(llm).compilation_config.cudagraph_mode)
+    while time.monotonic() - begun < seconds:
+        while engine.get_num_unfinished_requests() < sequences + 8:
+            # As many short as long ones, and each kind with the longest there can be.
+            new = chance.randint(1, 128)
+            length = min(round(context ** chance.uniform(0, 1.05)), context - new)
+            prompt = [chance.randrange(3, config["vocab_size"]) for _ in range(max(1, length))]
+            sampling = SamplingParams(
+                max_tokens=new, ignore_eos=True, detokenize=False, **kinds[sent % len(kinds)]
+            )
+            engine.add_request(str(sent), {"prompt_token_ids": prompt}, sampling)
+            sent += 1
+        finished += sum(output.finished for output in engine.step())
+        fullest = max(fullest, scheduler.kv_cache_manager.usage)
+    stats = torch.cuda.memory_stats()
+    result = {
+        "context": context,
+        "sequences": sequences,
+        "graphs": graphs,
+        "seconds": round(time.monotonic() - begun),
+        "requests finished, under way at the end": [finished, sent - finished],
+        "preempted": preempted[0],
+        "fullest KV cache": round(fullest, 3),
+        "KV cache tokens, planned": [
+            llm.llm_engine.vllm_config.cache_config.num_gpu_blocks * memory.BLOCK,
+            planned["kv_cache_tokens"],
+        ],
+        "allocator's bytes: most, allowed": [stats["reserved_bytes.all.peak"], allowed],
+        "allocator had to give back and ask anew": stats["num_alloc_retries"],
+    }
+    return result, finished > 0 and fullest > 0.95
 
 
 def smollm2_engine(gguf: Path, eager: bool) -> dict[str, Any]:
@@ -542,6 +659,9 @@ def main() -> int:
         case ["memory", name, ("k80-w4" | "k80-w8" | "k80-f16") as bits, *file] if name in LISTED:
             shown = f"llama2_{name}_shape" if name in SHAPES else name
             part, (result, good) = f"{shown}_{bits}_memory", memory(name, bits)
+        case ["bounded", name, seconds, *file] if name in LISTED:
+            shown = f"llama2_{name}_shape" if name in SHAPES else name
+            part, (result, good) = f"{shown}_bounded", bounded(name, int(seconds))
         case ["smollm2", gguf, cpu, *file]:
             part, (result, good) = "smollm2", smollm2(gguf, cpu)
         case ["smollm2-engine", gguf, mode]:

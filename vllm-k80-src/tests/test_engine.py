@@ -131,6 +131,7 @@ from vllm import LLM, SamplingParams
 arguments = json.loads(sys.argv[1])
 engine = LLM(max_num_seqs=4, max_num_batched_tokens=100, max_model_len=256, **arguments["engine"])
 runner = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+planned, runner.scored = runner.scored, 64  # of so few words all would fit
 rows, compute = [], runner.model.compute_logits
 def counted(hidden, *more):
     rows.append(len(hidden))
@@ -140,7 +141,7 @@ sampling = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=2, detoke
 prompts = [{"prompt_token_ids": prompt} for prompt in arguments["prompts"]]
 outputs = engine.generate(prompts, sampling, use_tqdm=False)
 print("RESULT " + json.dumps({
-    "rows": max(rows), "left": len(runner.input_batch.num_prompt_logprobs),
+    "planned": planned, "rows": max(rows), "left": len(runner.input_batch.num_prompt_logprobs),
     "scores": [
         [at[token].logprob if at else None
          for token, at in zip(o.prompt_token_ids, o.prompt_logprobs, strict=True)]
@@ -158,8 +159,12 @@ def test_a_long_prompt_is_scored_in_parts(tiny: Path) -> None:
     prompts = [[3 + (7 * i + n) % 90 for i in range(n)] for n in (1, 2, 64, 65, 100, 164, 165, 250)]
     engine = {"model": str(tiny), "skip_tokenizer_init": True}
     [result] = engines.results(SCORE, {"engine": engine, "prompts": prompts})
-    assert result["rows"] <= 64
+    assert result["rows"] == 64
     assert result["left"] == 0
+    # 4 requests' choices at 32 bytes a logit, and the step's activations, at 16 bytes a logit.
+    config = json.loads((tiny / "config.json").read_text())
+    floats = 2 * config["hidden_size"] + 3 * config["intermediate_size"]
+    assert result["planned"] == (4 * 100 * floats) // (16 * config["vocab_size"]) + 4 * 32 // 16
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tiny, torch_dtype=torch.float32, attn_implementation="eager"
     )

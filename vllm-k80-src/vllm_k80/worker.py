@@ -24,10 +24,9 @@ from vllm_k80.platform import K80Platform, cpu_kv_cache_limit
 logger = init_logger("vllm.k80.worker")
 
 _SMX_OF_A_DIE = 13  # GK210 as it is on a K80
-# Tokens of a prompt whose logits are there at a time: with their FP32 copy and logarithms, and what
-# ranks them, 16 bytes each. Of the largest vocabulary proven, 262,144 tokens, these take less than
-# the buffers of a prefill step (`device.work_bytes`), which is over by then.
-_SCORED = 64
+# Of a prompt that is scored, bytes a logit: the product and its copy, their logarithms in FP32, and
+# what ranks them. And the fewest tokens at a time, which read the head's weights once.
+_SCORE, _FEWEST_SCORED = 16, 32
 
 
 def kv_cache_bytes(worker: Worker, profiled: int | None = None) -> int:
@@ -65,6 +64,9 @@ def kv_cache_bytes(worker: Worker, profiled: int | None = None) -> int:
         hidden=hidden,
         widest=max(inner // parallel.tensor_parallel_size, width),
     )
+    # When prompts are scored, the buffers of a step's layers and of its choice are free.
+    free = work["activations"] + work["sampling"]
+    worker.model_runner.scored = max(_FEWEST_SCORED, free // (_SCORE * model.get_vocab_size()))
     left = device.bytes_left(
         limits.total, limits.utilization, sum(tensors.values()), sum(work.values())
     )
@@ -110,6 +112,8 @@ class K80ModelRunner(GPUModelRunner):
     tokens and a vocabulary of 128,256 they and their copies take 3 GB, which no die has left.
     """
 
+    scored = _FEWEST_SCORED  # tokens at a time (`kv_cache_bytes`)
+
     def _get_prompt_logprobs_dict(
         self, hidden_states: torch.Tensor, scheduler_output: SchedulerOutput
     ) -> dict[str, LogprobsTensors | None]:
@@ -123,9 +127,9 @@ class K80ModelRunner(GPUModelRunner):
             computed = request.num_computed_tokens
             alone = {name: asked[name]}
             self.input_batch.num_prompt_logprobs = alone
-            for start in range(0, tokens, _SCORED):
+            for start in range(0, tokens, self.scored):
                 request.num_computed_tokens = computed + start
-                scheduled[name] = min(_SCORED, tokens - start)
+                scheduled[name] = min(self.scored, tokens - start)
                 scored |= super()._get_prompt_logprobs_dict(hidden_states[start:], scheduler_output)
             request.num_computed_tokens, scheduled[name] = computed, tokens
             if not alone:  # upstream takes out what is done

@@ -27,8 +27,8 @@ from vllm_k80.ops.reference import GROUPS
 from vllm_k80.quantization.linear import CardConfig, PackedLinearMethod, register_config
 from vllm_k80.quantization.packed import PackedWeight, group_of_kernels, pair
 
-# Elements that are narrowed at a time, as FP32: 16 MB and a few times that of work.
-_ELEMENTS_AT_ONCE = 1 << 22
+# Elements that are narrowed at a time, as FP32: 8 MB and a few times that of work.
+_ELEMENTS_AT_ONCE = 1 << 21
 
 
 def quantize_w4(rows: Tensor, group: int) -> PackedWeight:
@@ -43,9 +43,9 @@ def quantize_w4(rows: Tensor, group: int) -> PackedWeight:
     grouped = rows.unflatten(1, (-1, group))
     low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
     scale, minimum = ((high - low) / 15).half(), low.half()
-    steps = (grouped - minimum.float()) / scale.float()
+    steps = (grouped - minimum.float()).div_(scale.float())
     # A group of equal values has scale 0 and is its minimum.
-    steps = steps.nan_to_num(nan=0.0).round().clamp(0, 15)
+    steps.nan_to_num_(nan=0.0).round_().clamp_(0, 15)
     qweight = pair(steps.flatten(1).to(torch.uint8))
     return PackedWeight(qweight, scale.squeeze(-1), minimum.squeeze(-1))
 
@@ -61,7 +61,7 @@ def quantize_w8(rows: Tensor, group: int) -> PackedWeight:
     """
     grouped = rows.unflatten(1, (-1, group))
     scale = (grouped.abs().amax(-1, keepdim=True) / 127).half()
-    steps = (grouped / scale.float()).nan_to_num(nan=0.0).round().clamp(-127, 127)
+    steps = (grouped / scale.float()).nan_to_num_(nan=0.0).round_().clamp_(-127, 127)
     return PackedWeight(steps.flatten(1).to(torch.int8), scale.squeeze(-1))
 
 
