@@ -40,6 +40,11 @@ SCHEMA = {
 }
 
 
+HELLO = [{"role": "user", "content": "Hello"}]
+IMAGE = [{"role": "user", "content": [{"type": "image_embeds", "image_embeds": "AAAA"}]}]
+PADDED = {"messages": HELLO, "chat_template_kwargs": {"padding": "max_length"}}
+
+
 @dataclass
 class Server:
     url: str
@@ -461,8 +466,22 @@ def test_concurrent_requests_do_not_mix(server: Server) -> None:
         ("completions", {"presence_penalty": 9}, 400, "presence_penalty"),
         ("completions", {"prompt": "x " * 2 * CONTEXT}, 400, f"{CONTEXT} tokens"),
         ("completions", {"logit_bias": {"999999999": 1}}, 400, "999999999"),
-        ("completions", {"guided_regex": "("}, 400, "invalid regex"),
+        ("completions", {"guided_regex": "("}, 400, "parenthesis is not closed"),
         ("completions", {"bad_words": "Paris"}, 400, "bad_words"),
+        # What ended an engine, or held its server up (vllm_k80/guards.py).
+        ("completions", {"guided_regex": ""}, 400, "guided_regex is empty"),
+        ("completions", {"guided_json": {"type": "string", "pattern": ""}}, 400, "empty pattern"),
+        ("completions", {"guided_regex": "(?i:abc)"}, 400, "regex"),
+        ("completions", {"guided_json": {"type": "number", "multipleOf": 2}}, 400, "xgrammar"),
+        ("completions", {"stop_token_ids": [99999999], "min_tokens": 1}, 400, "stop_token_ids"),
+        ("completions", {"allowed_token_ids": [49152]}, 400, "49152"),
+        ("completions", {"prompt": [49152]}, 400, "49152"),
+        ("completions", {"prompt": [[1]] * 600, "n": 2, "temperature": 1}, 400, "1200 answers"),
+        ("completions", {"prompt_embeds": "AAAA"}, 400, "embeddings are not taken"),
+        ("chat/completions", {"messages": IMAGE}, 400, "embeddings are not taken"),
+        ("chat/completions", {"messages": HELLO, "n": 5000}, 400, "5000 answers"),
+        ("chat/completions", {"messages": HELLO, "chat_template": "x"}, 400, "chat_template"),
+        ("chat/completions", PADDED, 400, "padding"),
         ("completions", {"logprobs": 500}, 400, "logprobs"),
         ("chat/completions", {}, 400, "messages"),
         ("chat/completions", {"messages": "hello"}, 400, "messages"),

@@ -137,11 +137,19 @@ def counted(hidden, *more):
     rows.append(len(hidden))
     return compute(hidden, *more)
 runner.model.compute_logits = counted
-sampling = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=2, detokenize=False)
+scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+preempted, again = [], scheduler.waiting.prepend_request
+def put_back(request):
+    preempted.append(request.status.name == "PREEMPTED")
+    again(request)
+scheduler.waiting.prepend_request = put_back
+options = {"temperature": 0, "detokenize": False, "ignore_eos": True}
+sampling = SamplingParams(max_tokens=arguments["tokens"], prompt_logprobs=2, **options)
 prompts = [{"prompt_token_ids": prompt} for prompt in arguments["prompts"]]
 outputs = engine.generate(prompts, sampling, use_tqdm=False)
 print("RESULT " + json.dumps({
-    "planned": planned, "rows": max(rows), "left": len(runner.input_batch.num_prompt_logprobs),
+    "preempted": any(preempted), "planned": planned, "rows": max(rows),
+    "left": len(runner.input_batch.num_prompt_logprobs),
     "scores": [
         [at[token].logprob if at else None
          for token, at in zip(o.prompt_token_ids, o.prompt_logprobs, strict=True)]
@@ -158,7 +166,7 @@ def test_a_long_prompt_is_scored_in_parts(tiny: Path) -> None:
     """
     prompts = [[3 + (7 * i + n) % 90 for i in range(n)] for n in (1, 2, 64, 65, 100, 164, 165, 250)]
     engine = {"model": str(tiny), "skip_tokenizer_init": True}
-    [result] = engines.results(SCORE, {"engine": engine, "prompts": prompts})
+    [result] = engines.results(SCORE, {"engine": engine, "prompts": prompts, "tokens": 2})
     assert result["rows"] == 64
     assert result["left"] == 0
     # 4 requests' choices at 32 bytes a logit, and the step's activations, at 16 bytes a logit.
@@ -174,6 +182,15 @@ def test_a_long_prompt_is_scored_in_parts(tiny: Path) -> None:
         expected = logits.log_softmax(-1).gather(1, torch.tensor(prompt)[1:, None])[:, 0]
         assert scores[0] is None
         assert scores[1:] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_a_prompt_is_scored_once_though_its_request_is_begun_anew(tiny: Path) -> None:
+    """Of two for which the KV cache has no room at once, one is put back while it generates."""
+    prompts = [[3 + (7 * i + n) % 90 for i in range(96)] for n in range(2)]
+    engine = {"model": str(tiny), "skip_tokenizer_init": True, "num_gpu_blocks_override": 18}
+    [result] = engines.results(SCORE, {"engine": engine, "prompts": prompts, "tokens": 100})
+    assert result["preempted"]
+    assert [len(scores) for scores in result["scores"]] == [96, 96]
 
 
 LLAMA3 = {

@@ -26,6 +26,7 @@ class Engine:
     silent_once = 0.0  # about what it serves
     flip = False
     key: str | None = None
+    generated: tuple[int, ...] = ()  # for others, as /metrics says each time; the last from then on
 
 
 @pytest.fixture
@@ -45,6 +46,14 @@ def engine() -> Iterator[Engine]:
             state.silent_once = 0.0
             if state.key and self.headers["Authorization"] != f"Bearer {state.key}":
                 self.answer(401, {"error": "Unauthorized"})
+            elif self.path == "/metrics" and state.generated:
+                number, *later = state.generated
+                state.generated = tuple(later) or (number,)
+                labels = '{engine="0",model_name="m"}'
+                body = f"# TYPE x counter\nvllm:generation_tokens_total{labels} {number}.0\n"
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(body.encode())
             else:
                 self.answer(200, {"data": [{"id": "m"}]})
 
@@ -148,6 +157,7 @@ def test_a_damaged_golden_file_is_named(engine, tmp_path, capsys) -> None:
         ({"delay": 3.0}, "did not answer within 1 s"),
         ({"status": 500}, "answered 500"),
         ({"tokens": ()}, "generated 0 tokens instead of 1"),
+        ({"tokens": ("none",)}, "answered without tokens"),
         ({"key": "secret"}, "Set VLLM_API_KEY"),
     ],
 )
@@ -160,6 +170,21 @@ def test_liveness_fails_in_words(engine, capsys, proof, fault, message) -> None:
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not proof.exists()
+
+
+def test_a_full_server_lives_though_the_probe_has_no_turn(engine, capsys, proof) -> None:
+    engine.delay, engine.generated = 2, (100, 107)
+    assert probe(engine) == 0
+    assert "no turn within 1 s, but others got 7 tokens" in capsys.readouterr().out
+    assert proof.exists()
+
+
+@pytest.mark.parametrize("generated", [(100, 100), ()])
+def test_one_that_generates_for_nobody_does_not(engine, capsys, proof, generated) -> None:
+    engine.delay, engine.generated = 2, generated
+    assert probe(engine) == 1
+    assert "did not answer within 1 s" in capsys.readouterr().err
     assert not proof.exists()
 
 

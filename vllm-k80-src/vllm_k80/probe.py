@@ -3,6 +3,7 @@
 Standard library only: it starts in a moment, so that it can run every few seconds.
 """
 
+import http.client
 import json
 import os
 import time
@@ -19,6 +20,7 @@ GOLDEN_PROMPT = "The capital of France is"
 GOLDEN_TOKENS = 16
 # Seconds that a server may take to say what it serves, which needs no model.
 _QUICK = 5.0
+_COUNTER = "vllm:generation_tokens_total"
 
 
 class ProbeError(UserError):
@@ -47,7 +49,12 @@ def ask(url: str, payload: dict[str, Any] | None, timeout: float) -> Any:
         detail = error.read().decode(errors="replace")[:300]
         hint = " Set VLLM_API_KEY to the server's key." if error.code == 401 else ""
         raise ProbeError(f"{url} answered {error.code}: {detail}{hint}") from None
-    except (TimeoutError, urllib.error.URLError, ConnectionError) as error:
+    except (
+        TimeoutError,
+        urllib.error.URLError,
+        ConnectionError,
+        http.client.HTTPException,
+    ) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, TimeoutError):
             raise NotUpError(f"{url} did not answer within {timeout:g} s.") from None
@@ -81,11 +88,50 @@ def generate(url: str, tokens: int, timeout: float) -> list[int]:
         },
         timeout,
     )
-    names = answer["choices"][0]["logprobs"]["tokens"]
-    generated = [int(name.removeprefix("token_id:")) for name in names]
+    try:
+        names = answer["choices"][0]["logprobs"]["tokens"]
+        generated = [int(name.removeprefix("token_id:")) for name in names]
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise ProbeError(f"{model} answered without tokens: {str(answer)[:300]}") from None
     if len(generated) != tokens:
         raise ProbeError(f"{model} generated {len(generated)} tokens instead of {tokens}.")
     return generated
+
+
+def tokens_so_far(url: str) -> float | None:
+    """Tokens that the server has generated for anybody, as its metrics say; None if they do not."""
+    headers = {"Authorization": f"Bearer {os.environ.get('VLLM_API_KEY', '')}"}
+    request = urllib.request.Request(f"{url}/metrics", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=_QUICK) as response:
+            lines = response.read().decode().splitlines()
+        counts = [float(line.split()[-1]) for line in lines if line.startswith(_COUNTER)]
+    except (OSError, http.client.HTTPException, ValueError):
+        return None
+    return sum(counts) if counts else None
+
+
+def prove_life(url: str, timeout: float) -> str:
+    """See that the server generates: a token for us, or, where that has to wait, for others.
+
+    A full server is not a hung one: behind some hundred sequences, or without a free page of KV
+    cache, a request waits longer than any time-out.
+
+    Returns:
+        What was seen, as one sentence.
+
+    Raises:
+        ProbeError: neither.
+    """
+    before = tokens_so_far(url)
+    try:
+        generate(url, 1, timeout)
+    except NotUpError:
+        after = tokens_so_far(url)
+        if before is None or after is None or after <= before:
+            raise
+        return f"Had no turn within {timeout:g} s, but others got {after - before:.0f} tokens."
+    return "Generated one token."
 
 
 def wait_until_up(url: str, seconds: float) -> None:
@@ -195,8 +241,7 @@ def run(url: str, wait: float, timeout: float, golden: Path | None, max_slowdown
         if golden is not None:
             message = prove_golden(url, golden, timeout, max_slowdown)
         else:
-            generate(url, 1, timeout)
-            message = "Generated one token."
+            message = prove_life(url, timeout)
         seconds = time.monotonic() - started
     except ProbeError:
         readiness.remove_proof()

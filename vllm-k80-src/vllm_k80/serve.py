@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vllm_k80 import architectures, plan, readiness
+from vllm_k80 import architectures, guards, plan, readiness
 from vllm_k80.errors import UserError
 from vllm_k80.memory import Limits
 from vllm_k80.model import read_config, read_json, told_beside
@@ -135,6 +135,9 @@ def server_arguments(model: str, rest: list[str]) -> list[str]:
     arguments = ["serve", model, *rest]
     for middleware in MIDDLEWARE:
         arguments += ["--middleware", middleware]
+    if "--guided-decoding-backend" not in given:
+        # "auto" chooses by the first request of all, and checks later ones by another's rules.
+        arguments += ["--guided-decoding-backend", "xgrammar"]
     if path.suffix == ".gguf":
         from vllm_k80.quantization.gguf_file import extract_metadata
 
@@ -208,6 +211,7 @@ def run(model: str, rest: list[str]) -> None:
     from vllm.entrypoints.cli.main import main as vllm
 
     _honour_bad_words()
+    guards.install()
     os.environ[readiness.SERVED_NAMES] = json.dumps(served_names(arguments))
     sys.argv = ["vllm", *arguments]
     vllm()

@@ -124,6 +124,9 @@ class K80ModelRunner(GPUModelRunner):
         scored: dict[str, LogprobsTensors | None] = {}
         for name in [*asked]:
             request, tokens = self.requests[name], scheduled[name]
+            if request.output_token_ids:  # begun anew, after its prompt's scores were sent
+                del asked[name]
+                continue
             computed = request.num_computed_tokens
             alone = {name: asked[name]}
             self.input_batch.num_prompt_logprobs = alone
