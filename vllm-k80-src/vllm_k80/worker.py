@@ -152,14 +152,14 @@ class K80Worker(Worker):
 
     def init_device(self) -> None:
         super().init_device()
-        # Upstream names the class of its runner in that method.
-        self.model_runner.__class__ = K80ModelRunner
         if self.model_config.enforce_eager:
             return
         if reason := graphs.probe(self.device):
             graphs.turn_off(self.vllm_config, reason)
 
     def load_model(self) -> None:
+        # Upstream names the class of its runner in `init_device`.
+        self.model_runner.__class__ = K80ModelRunner
         super().load_model()
         fusion.fuse(self.model_runner.get_model())
 
