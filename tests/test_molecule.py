@@ -17,8 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 # By the marks that choose them. On two cores make test is to end within 40 minutes, CI, which runs
-# hosts beside it, within 75, and the rest is for make test-all. The longest first; but last of hosts
-# the one with five servers at once, when the main one has ended.
+# hosts beside it, within 75, and the rest is for make test-all. The longest first; but the one with
+# five servers at once when the main one has ended.
 SCENARIOS = {
     "main": ["default"],
     "hosts": ["driver", "toolkit", "driver-matrix"],
