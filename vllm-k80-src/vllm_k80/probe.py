@@ -31,15 +31,19 @@ class NotUpError(ProbeError):
     """The server does not answer, or not in time: it may do so later."""
 
 
+def _key() -> dict[str, str]:
+    """The header that carries the server's key, if there is one."""
+    key = os.environ.get("VLLM_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 def ask(url: str, payload: dict[str, Any] | None, timeout: float) -> Any:
     """What the server answers to a GET, or to a POST if there is a payload; with VLLM_API_KEY.
 
     Raises:
         ProbeError: no answer, or an error.
     """
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("VLLM_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
+    headers = {"Content-Type": "application/json"} | _key()
     data = None if payload is None else json.dumps(payload).encode()
     request = urllib.request.Request(url, data, headers)
     try:
@@ -100,8 +104,7 @@ def generate(url: str, tokens: int, timeout: float) -> list[int]:
 
 def tokens_so_far(url: str) -> float | None:
     """Tokens that the server has generated for anybody, as its metrics say; None if they do not."""
-    headers = {"Authorization": f"Bearer {os.environ.get('VLLM_API_KEY', '')}"}
-    request = urllib.request.Request(f"{url}/metrics", headers=headers)
+    request = urllib.request.Request(f"{url}/metrics", headers=_key())
     try:
         with urllib.request.urlopen(request, timeout=_QUICK) as response:
             lines = response.read().decode().splitlines()
