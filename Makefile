@@ -39,29 +39,35 @@ demo-clean: venv ## Remove the demo's server, its built image and its keys
 
 ## ---- test it
 
-# What needs no Docker keeps one core busy for a quarter of an hour, the scenario waits for much: side by side.
+# Two at a time, in this order: half of what a scenario does is waiting for downloads and for one core.
+MAIN_SCENARIOS := default
+HOST_SCENARIOS := driver driver-matrix toolkit
+MORE_SCENARIOS := air-gapped fleet fleet-short
+
 .PHONY: test
 test: venv ## Checks, tests and the main scenario (needs Docker; 40 to 60 minutes); HOSTS=1 adds test-hosts
-	@$(MAKE) --jobs=2 test-beside test-molecule
+	@$(MAKE) --jobs=2 test-molecule test-apart $(if $(HOSTS),$(HOST_SCENARIOS:%=scenario-%))
 
-# One scenario at a time there: with the main one they are two.
-.PHONY: test-beside
-test-beside: test-apart
-	@$(if $(HOSTS),MOLECULE_AT_ONCE=1 $(MAKE) test-hosts)
+.PHONY: test-molecule
+test-molecule: $(MAIN_SCENARIOS:%=scenario-%) ## The main scenario, on an emulated server
+
+.PHONY: test-hosts
+test-hosts: venv ## The driver, other distributions and the CUDA toolkit, on emulated servers (20 minutes)
+	@$(MAKE) --jobs=2 $(HOST_SCENARIOS:%=scenario-%)
+
+.PHONY: test-all
+test-all: test test-hosts ## Both, a fleet, and a server without a way out
+	@$(MAKE) --jobs=2 $(MORE_SCENARIOS:%=scenario-%)
+
+# One scenario alone, such as scenario-driver.
+scenario-%: venv
+	@pytest 'tests/test_molecule.py::test_scenario[$*]' -m molecule --capture=no
 
 # What they say is shown when they have ended, not between the lines of the scenario.
 .PHONY: test-apart
 test-apart: venv
 	@mkdir -p build; { $(MAKE) lint && $(MAKE) test-package && $(MAKE) test-unit; } > build/test-apart.log 2>&1; \
 	status=$$?; cat build/test-apart.log; exit $$status
-
-.PHONY: test-hosts
-test-hosts: venv ## The driver, other distributions and the CUDA toolkit, on emulated servers (20 minutes)
-	@pytest tests -m hosts --capture=no
-
-.PHONY: test-all
-test-all: test test-hosts ## Both, a fleet, and a server without a way out
-	@pytest tests -m more --capture=no
 
 .PHONY: test-fast
 test-fast: venv ## Lints, and the tests that need no Docker, no engine, no playbook and no HAProxy (under 3 minutes)
@@ -90,10 +96,6 @@ test-package: venv ## Tests of vllm_k80, in the Python environment of the image
 test-package-fast: venv ## Those of them that start no engine and build no wheel
 	@tools/package-env
 	@cd vllm-k80-src && ../build/py311/bin/python -m pytest -m 'not engine and not wheel'
-
-.PHONY: test-molecule
-test-molecule: venv ## The main scenario, on an emulated server
-	@pytest tests -m main --capture=no
 
 .PHONY: test-reliability
 test-reliability: venv ## A fleet under load while things break, twice each: renews docs/reliability.md (about an hour)

@@ -103,6 +103,8 @@ def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "VLLM_API_KEY": KEY,
         "VLLM_K80_PROOF": str(folder / "proof.json"),
         "VLLM_NO_USAGE_STATS": "1",
+        # As on a die: an engine that has imported everything itself.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     arguments = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL]
     arguments += ["--max-model-len", str(CONTEXT), "--max-num-seqs", "16"]

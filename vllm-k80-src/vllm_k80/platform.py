@@ -176,7 +176,9 @@ class K80Platform(Platform):
         parallel.disable_custom_all_reduce = True
         if parallel.worker_cls == "auto":
             parallel.worker_cls = f"vllm_k80.worker.{'K80Worker' if HAS_GPU else 'ReferenceWorker'}"
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        if HAS_GPU:
+            # To ask for a device, as above, initializes the driver, and a fork inherits it broken.
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 
 
 def check_architecture(config: Any) -> None:

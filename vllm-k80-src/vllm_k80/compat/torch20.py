@@ -16,7 +16,7 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 
@@ -361,6 +361,11 @@ def add_half_on_cpu(torch: ModuleType) -> None:
         setattr(functional, name, widened(getattr(functional, name)))
 
 
+def add_xpu(torch: ModuleType) -> None:
+    """``torch.xpu`` (2.3): vLLM asks whether one is in use before it forks the engine."""
+    torch.xpu = SimpleNamespace(_is_compiled=lambda: False)  # type: ignore[attr-defined]
+
+
 PIECES: tuple[Callable[[ModuleType], None], ...] = (
     add_compiler,
     add_dtypes,
@@ -373,4 +378,5 @@ PIECES: tuple[Callable[[ModuleType], None], ...] = (
     add_load_state_dict_assign,
     replace_inference_mode,
     add_half_on_cpu,
+    add_xpu,
 )
