@@ -177,6 +177,7 @@ def test_the_engine_warns_once_of_what_is_not_proven(monkeypatch: pytest.MonkeyP
     [
         ("llama", None),
         ("qwen3", None),
+        ("phi3", None),
         ("gemma2", "llama.cpp changes its tensors"),
         ("qwen3moe", "no operator runs it"),
         ("newer", "no operator runs it"),

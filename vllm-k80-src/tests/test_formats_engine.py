@@ -36,6 +36,7 @@ from vllm.scalar_type import scalar_types
 
 from vllm_k80 import memory, plan
 from vllm_k80.quantization import k80
+from vllm_k80.quantization.gguf_file import extract_metadata
 
 pytestmark = pytest.mark.engine
 
@@ -298,6 +299,16 @@ def _weights(config: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
+# GGUF files of other architectures than llama: what is their own in a configuration.
+GGUF_MODELS: dict[str, dict[str, Any]] = {
+    "phi3": {"architectures": ["Phi3ForCausalLM"], "pad_token_id": 0, "sliding_window": 4},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 96},
+    "stablelm": {"architectures": ["StableLmForCausalLM"], "use_qkv_bias": True},
+    "starcoder2": {"architectures": ["Starcoder2ForCausalLM"], "hidden_act": "gelu_pytorch_tanh"},
+}
+
+
 Checkpoint = tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]
 
 
@@ -332,6 +343,65 @@ def _unquantized(name: str, config: dict[str, Any] = CONFIG) -> Checkpoint:
     return config, tensors, {key: narrowed(key, part.float()) for key, part in tensors.items()}
 
 
+def _writer(directory: Path, config: dict[str, Any]) -> gguf.GGUFWriter:
+    """Of model.gguf, which says already what its configuration is."""
+    heads = config["num_attention_heads"]
+    writer = gguf.GGUFWriter(directory / "model.gguf", config["model_type"])
+    writer.add_name("tiny")
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000)
+    writer.add_vocab_size(config["vocab_size"])
+    return writer
+
+
+def _finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _gguf_model(name: str, directory: Path, config: dict[str, Any]) -> list[int] | None:
+    """Write model.gguf of another architecture, by gguf's names of Hugging Face's tensors, with a
+    tokenizer that nobody asks; the tokens expected."""
+    config = config | {"model_type": name} | GGUF_MODELS[name]
+    architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
+    names = gguf.get_tensor_name_map(architecture, LAYERS)
+    writer = _writer(directory, config)
+    writer.add_layer_norm_eps(1e-5)
+    head = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    writer.add_key_length(head)
+    writer.add_rope_dimension_count(head // 4 if name == "stablelm" else head)
+    if window := config.get("sliding_window"):
+        writer.add_sliding_window(window)
+    writer.add_tokenizer_model("llama" if name == "phi3" else "gpt2")
+    writer.add_token_list([chr(0x21 + index) for index in range(254)] + ["ab", "cd"])
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_token_types([1] * 256)
+    writer.add_token_scores([0.0] * 256)
+    for add in (writer.add_unk_token_id, writer.add_pad_token_id, writer.add_eos_token_id):
+        add(0)
+    writer.add_bos_token_id(1)
+    twin = {}
+    for key, part in _model(config).state_dict().items():
+        name_there = names.get_name(key, try_suffixes=(".weight", ".bias"))
+        if part.dim() == 2:
+            raw = gguf.quantize(part.numpy(), Kind.Q8_0)
+            writer.add_tensor(name_there, raw, raw_dtype=Kind.Q8_0)
+            twin[key] = torch.from_numpy(gguf.dequantize(raw, Kind.Q8_0))
+        else:
+            twin[key] = part + 0.1 * torch.randn(part.shape)
+            writer.add_tensor(name_there, twin[key].numpy())
+    _finish(writer)
+    return _expected(config, twin)
+
+
 def _gguf(name: str, directory: Path, columns: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Write model.gguf and its config.json; what transformers reads of the file, in FP32."""
     types = GGUF_FILES[name]
@@ -347,17 +417,7 @@ def _gguf(name: str, directory: Path, columns: int) -> tuple[dict[str, Any], dic
     if tied:
         del shapes["output.weight"]
 
-    writer = gguf.GGUFWriter(directory / "model.gguf", "llama")
-    writer.add_name("tiny")
-    writer.add_block_count(LAYERS)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(columns)
-    writer.add_feed_forward_length(columns)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000)
-    writer.add_vocab_size(config["vocab_size"])
+    writer = _writer(directory, config)
     for key, n in shapes.items():
         kind = [kind for start, kind in types.items() if key.startswith(start)][-1]
         seed = int(torch.randint(1 << 31, ()))
@@ -366,10 +426,7 @@ def _gguf(name: str, directory: Path, columns: int) -> tuple[dict[str, Any], dic
     norms = [f"blk.{i}.{part}_norm.weight" for i in range(LAYERS) for part in ("attn", "ffn")]
     for key in (*norms, "output_norm.weight"):
         writer.add_tensor(key, np.ones(columns, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    _finish(writer)
     (directory / "config.json").write_text(json.dumps(config))
     model = _model(config)
     read = load_gguf_checkpoint(directory / "model.gguf", return_tensors=True, model_to_load=model)
@@ -407,6 +464,15 @@ def _write(
         while tokens is None:
             tokens = _expected(*_gguf(name, root / name, gguf_columns))
         jobs[name] = {"model": str(root / name / "model.gguf"), "hf_config_path": str(root / name)}
+        expected[name] = tokens
+    for name in GGUF_MODELS:
+        (root / name).mkdir()
+        path = root / name / "model.gguf"
+        while (tokens := _gguf_model(name, root / name, config)) is None:
+            pass
+        # What the file itself says of its configuration.
+        metadata = extract_metadata(path, root / "metadata")
+        jobs[name] = {"model": str(path), "hf_config_path": str(metadata)}
         expected[name] = tokens
     return jobs, expected
 
@@ -455,6 +521,17 @@ def test_tokens_are_those_of_the_dequantized_gguf_file(name: str, results: dict[
     assert products == {key: GGUF_CALLS[name].get(key, 0) * TOKENS for key in products}
 
 
+@pytest.mark.parametrize("name", GGUF_MODELS)
+def test_tokens_are_those_of_a_gguf_file_of_another_architecture(
+    name: str, results: dict[str, Any]
+) -> None:
+    expected, tokens, calls, *_ = results[name]
+    assert tokens == expected
+    assert len(set(tokens)) > 1
+    assert calls["embedding_w8"] == TOKENS
+    assert calls["linear_w8"] == (4 * LAYERS + 1) * TOKENS
+
+
 def test_a_tied_head_shares_the_narrowed_embeddings(results: dict[str, Any]) -> None:
     _, _, calls, parts, *_ = results["k80-w4"]
     assert calls["linear_w8"] == calls["embedding_w8"] == TOKENS
@@ -494,7 +571,9 @@ def test_two_dies_give_the_same_tokens_and_again_from_the_cache(
             }
 
 
-@pytest.mark.parametrize("name", [*FORMATS, *OTHERS, *ON_THE_FLY, *PLAIN, *GGUF_FILES])
+@pytest.mark.parametrize(
+    "name", [*FORMATS, *OTHERS, *ON_THE_FLY, *PLAIN, *GGUF_FILES, *GGUF_MODELS]
+)
 def test_what_is_planned_is_what_is_allocated(name: str, results: dict[str, Any]) -> None:
     *_, (loaded, cache, budget, profiled, refusal), options = results[name]
     weights = {quantization: bits for bits, quantization in plan.WEIGHTS.items()}
@@ -509,7 +588,7 @@ def test_what_is_planned_is_what_is_allocated(name: str, results: dict[str, Any]
     assert budget == pytest.approx(memory.left(model, limits), rel=0.001)
     assert profiled == 1 << 30
     if cache * 64 > 40_000:
-        shown = "model.gguf" if name in GGUF_FILES else name
+        shown = "model.gguf" if options["model"].endswith(".gguf") else name
         assert refusal.startswith(f"{shown} does not fit: one sequence of 64 tokens needs 0.00 GB")
         halved = "The nearest that fits: --dtype half (FP16 activations and KV cache)."
         # A page is kept empty, and theirs are larger.

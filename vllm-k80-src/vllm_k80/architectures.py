@@ -194,9 +194,8 @@ def _entries() -> Iterator[tuple[str, Architecture]]:
 ARCHITECTURES: dict[str, Architecture] = dict(_entries())
 
 # GGUF's name of an architecture, and Hugging Face's.
-_GGUF_PROVEN = {"llama": "LlamaForCausalLM"}
-# vLLM reads these as they are.
-_GGUF_UNPROVEN = {
+_GGUF_PROVEN = {
+    "llama": "LlamaForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -360,12 +359,12 @@ def gguf_refusal(fields: Mapping[str, Any]) -> str | None:
             f"A mixture of {experts} experts, which need Triton, is not served on a K80. Use "
             f"{_DENSE}."
         )
-    if architecture in (*_GGUF_PROVEN, *_GGUF_UNPROVEN):
+    if architecture in _GGUF_PROVEN:
         return None
     why = "vLLM 0.10.1.1 or its transformers has no reader for it, or no operator runs it here"
     if architecture in _GGUF_CHANGED:
         why = "llama.cpp changes its tensors and vLLM 0.10.1.1 does not change them back"
-    served = ", ".join((*_GGUF_PROVEN, *_GGUF_UNPROVEN))
+    served = ", ".join(_GGUF_PROVEN)
     return (
         f"GGUF files of architecture {architecture} are not served ({why}). Use a file of one of "
         f"{served}, or a checkpoint in safetensors with --quantization k80-w4."
@@ -393,6 +392,5 @@ def table() -> str:
     for why, instead, names in _REFUSED:
         lines += [f"  {why}. Use {instead}:", *(f"  {line}" for line in _block(names.split()))]
     lines += ["", "Architectures of GGUF files: " + ", ".join(_GGUF_PROVEN)]
-    lines += ["  not proven: " + ", ".join(_GGUF_UNPROVEN)]
     lines += ["  others are refused"]
     return "\n".join(lines)

@@ -285,6 +285,9 @@ _BUILDS = {
     "llama": _Build(),
     "qwen2": _Build(),
     "qwen3": _Build(head_norms=2),
+    "phi3": _Build(stored_fused=True),
+    "stablelm": _Build(centred=True, rotary=0.25, simulated=False),
+    "starcoder2": _PLAIN,
 }
 
 
@@ -830,23 +833,33 @@ def of_header(header: gguf_header.Header, path: Path, dtype: str, dies: int = 1)
             raise NotServed(f"{path}: {k} columns on each die cut its blocks. Use one die.")
         return dataclasses.replace(weight, k=k)
 
+    fused = build.stored_fused
+    attention_names = ("attn_qkv",) if fused else ("attn_q", "attn_k", "attn_v")
+    inner_names = ("ffn_gate", "ffn_up") if build.gated and not fused else ("ffn_up",)
+
     def of_layer(index: int) -> list[Weight]:
+        def named(name: str) -> str:
+            return f"blk.{index}.{name}.weight"
+
         try:
-            q, k, v, output, gate, up, down = (
-                tensors[f"blk.{index}.{name}.weight"]
-                for name in (
-                    *("attn_q", "attn_k", "attn_v", "attn_output"),
-                    *("ffn_gate", "ffn_up", "ffn_down"),
-                )
+            attention, inner = (
+                [tensors[named(name)] for name in names] for names in (attention_names, inner_names)
             )
+            output, down = (tensors[named(name)] for name in ("attn_output", "ffn_down"))
         except KeyError as error:
             raise UserError(f"{path} has no tensor {error}, which a {architecture} has.") from None
-        k, v = (dataclasses.replace(part, n=kv_heads * head_size) for part in (k, v))
+        keys = 2 * kv_heads * head_size
+        if fused:
+            of_queries = _share("rows", attention[0].n - 2 * all_kv_heads * head_size, dies, where)
+            attention = [dataclasses.replace(attention[0], n=of_queries + keys)]
+        else:
+            q, k, v = attention
+            attention = [rows(q), *(dataclasses.replace(part, n=keys // 2) for part in (k, v))]
         return [
-            *_fused([rows(q), k, v]),
-            columns(output, f"blk.{index}.attn_output.weight"),
-            *_fused([rows(gate), rows(up)]),
-            columns(down, f"blk.{index}.ffn_down.weight"),
+            *_fused(attention),
+            columns(output, named("attn_output")),
+            *_fused([rows(part) for part in inner]),
+            columns(down, named("ffn_down")),
         ]
 
     layers = [of_layer(index) for index in range(size("block_count"))]
@@ -877,7 +890,8 @@ def of_header(header: gguf_header.Header, path: Path, dtype: str, dies: int = 1)
         layers=layers,
         head=vocabulary(head or embedding),
         embedding=vocabulary(embedding) if head else None,
-        rest=(vectors + longest * head_size) * DTYPES[activations][1],
+        rest=(vectors + longest * int(head_size * build.rotary)) * DTYPES[activations][1],
         dies=dies,
         quantized=True,
+        simulated=build.simulated,
     )

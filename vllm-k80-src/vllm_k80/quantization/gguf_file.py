@@ -28,7 +28,7 @@ SUPPORTED_TYPES = (
 INSTEAD = "Q4_K_M, Q6_K or Q8_0"
 
 # In the key of the extracted files: raise when what is written changes.
-_FORMAT = 4
+_FORMAT = 5
 
 
 @contextlib.contextmanager
@@ -126,6 +126,19 @@ def rope_scaling(
     return _LLAMA3 | {"factor": factor} if factor != 1 else None
 
 
+def _mend_config(config: Any, fields: Mapping[str, Any]) -> None:
+    """Adds what transformers does not read of every architecture.
+
+    Without its window a Phi-3 would look back further than it was trained to. The size of a head is
+    the hidden size by the heads unless it is told; a Qwen3's is not.
+    """
+    architecture = fields["general.architecture"]
+    for key, name in (("sliding_window", "sliding_window"), ("key_length", "head_dim")):
+        told = fields.get(f"{architecture}.attention.{key}")
+        if told and hasattr(config, name):
+            setattr(config, name, told)
+
+
 def _mend_tokenizer(tokenizer: Any, reader: Any) -> Any:
     """The tokenizer as the file describes it.
 
@@ -207,6 +220,7 @@ def extract_metadata(path: Path, cache: Path) -> Path:
             # Without the configuration it would read the metadata for it once more.
             tokenizer = AutoTokenizer.from_pretrained(**source, config=config)
             tokenizer = _mend_tokenizer(tokenizer, reader)
+        _mend_config(config, gguf_header.read(path).fields)
         factors = {t.name: t.data for t in reader.tensors if t.name.startswith("rope_")}
         if factors:
             size = getattr(config, "head_dim", None)
