@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import Any
 
@@ -102,7 +104,8 @@ class Server:
             case ("docker", "run", *_, image, "selftest"):
                 self.log.append(f"selftest {image}")
                 return int("sick" in image), "wrong tokens"
-            case ("docker", "exec", *_):
+            case ("docker", "exec", *_, "--timeout", seconds, "--golden", _, "--max-slowdown", _):
+                assert seconds == "10", "as long as a start; ProbeTimeout is for one token"
                 return int("slow" in self.image()), "too slow"
             case ("docker", "image", "inspect", image):
                 return int(image not in self.images), ""
@@ -115,11 +118,13 @@ class Server:
             return 0
         image = self.image()
         self.log.append(f"start {image}")
-        if "broken" in image:
+        golden = Path(self.instance.state, "golden-x.json")
+        if "broken" in image or (
+            golden.exists() and ("other" in golden.read_text()) != ("other" in image)
+        ):
             return 1
         self.active, self.started_with = True, self.instance.files("live")
         self.runs += 1
-        golden = Path(self.instance.state, "golden-x.json")
         if not golden.exists():
             golden.write_text(f"recorded by {image}")
         if "mortal" in image:
@@ -332,7 +337,73 @@ def test_accepted_tokens_are_recorded_anew_and_kept_if_it_fails(
     server.stage("good:2")
     server.apply(accept_tokens=True)
     assert golden.read_text() == "recorded by good:2"
-    assert [path.name for path in golden.parent.iterdir()] == [golden.name]
+    left = sorted(path.name for path in golden.parent.iterdir())
+    assert left == [golden.name, f"{golden.name}.previous"]
+
+
+def test_rollback_brings_back_the_tokens_of_its_time(server: Server, served: Any) -> None:
+    server.images.add("other:2")
+    other = server.stage("other:2")
+    with pytest.raises(server.program.ChangeError, match="did not start"):
+        server.apply()
+    assert server.serves(served)
+    server.apply(accept_tokens=True)
+    options = server.program.Options(6, 60, 0, 3, False)
+    for files in (served, other, served):
+        server.program.rollback(server.instance, options)
+        assert server.serves(files)
+    # What is changed with the tokens that it had is not given others back.
+    server.stage("good:2")
+    server.apply()
+    server.program.rollback(server.instance, options)
+    assert server.serves(served)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("Port=8001", "Port=8002"), "its port was 8001 and is 8002, which is what gateways"),
+        (("Model=m\n", "Model=n\n"), "its model's name was m and is n"),
+    ],
+)
+def test_rollback_refuses_what_gateways_do_not_know(
+    server: Server, served: Any, change: tuple[str, str], reason: str
+) -> None:
+    new = server.program.Files(served.unit.replace(*change), served.environment)
+    server.instance.put("staged", new)
+    server.apply()
+    with pytest.raises(server.program.ChangeError, match=reason):
+        server.program.rollback(server.instance, server.program.Options(6, 60, 0, 3, False))
+    assert server.serves(new)
+
+
+def test_one_that_is_stopped_keeps_its_way_back(server: Server, served: Any) -> None:
+    """By its operator, or it is about to start again, after a reboot say."""
+    server.active = False
+    server.stage("broken:2")
+    with pytest.raises(server.program.ChangeError, match="serves again"):
+        server.apply(if_stopped=True)
+    assert server.serves(served)
+    server.active = False
+    server.stage("good:2")
+    server.apply(if_stopped=True)
+    assert server.instance.files("previous") == served
+
+
+def test_a_proxy_of_the_environment_is_for_elsewhere(
+    program: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Metrics(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'vllm:num_requests_running{engine="0"} 3.0\n')
+
+    with HTTPServer(("127.0.0.1", 0), Metrics) as metrics:
+        Thread(target=metrics.handle_request, daemon=True).start()
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nothing listens
+        setting = {"Address": "127.0.0.1", "Port": str(metrics.server_port)}
+        assert program.Instance("die0").requests(setting.__getitem__) == 3
 
 
 def test_what_the_operator_drained_stays_drained(server: Server, served: Any) -> None:

@@ -86,10 +86,10 @@ class Server:
     def container_pid(self, instance: Instance) -> int:
         return int(self.run(f"docker inspect --format {{{{.State.Pid}}}} {instance.unit}"))
 
-    def children(self, instance: Instance) -> list[int]:
-        """The engine's processes: all of the container's but its first."""
-        pids = self.run(f"docker top {instance.unit} -eo pid").split()[1:]
-        return [int(pid) for pid in pids if int(pid) != self.container_pid(instance)]
+    def engine(self, instance: Instance) -> int:
+        """The process that computes: vLLM's web server, a child of docker-init, is its parent."""
+        [pid] = self.run(f"docker top {instance.unit} -eo pid,comm | grep -w EngineCor").split()[:1]
+        return int(pid)
 
     def diagnosis(self) -> dict[str, str]:
         """What the doctor finds: the checks that are not well."""
@@ -170,7 +170,7 @@ def status_page(gateway_url: str, gateway_key: str) -> Callable[[], str]:
 @pytest.fixture(scope="session")
 def client(gateway_url: str, gateway_key: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(
-        base_url=f"{gateway_url}/v1", api_key=gateway_key, timeout=120, max_retries=0
+        base_url=f"{gateway_url}/v1", api_key=gateway_key, timeout=600, max_retries=0
     ) as client:
         yield client
 

@@ -13,7 +13,7 @@ FLAGS = "--concurrency 1 --requests 1 --prompt-tokens 8 --output-tokens 4 --prom
 
 
 def test_instances_and_the_gateway_are_measured(server: Server, tmp_path: Path) -> None:
-    server.wait_until_serving(240)
+    server.wait_until_serving(600)
     code, output = play(
         "playbooks/benchmark.yml", benchmark_flags=FLAGS, benchmark_directory=str(tmp_path)
     )

@@ -42,7 +42,7 @@ class Compose:
 
     def wait(self, *ports: int) -> None:
         """Until /ready says 200 at all these ports."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while any(self.curl(f"http://127.0.0.1:{port}/ready")[0] != 200 for port in ports):
             assert time.monotonic() < deadline, self("logs --tail 60")
             time.sleep(1)
@@ -51,7 +51,7 @@ class Compose:
 @pytest.fixture(scope="module")
 def compose(server: Server) -> Iterator[Compose]:
     """Both containers up, as the page says, in the place of the server's own instances."""
-    server.wait_until_serving(240)
+    server.wait_until_serving(600)
     models = "/var/lib/vllm-k80/models"
     model = server.run(f"find {models} -name '*.gguf'")
     image = server.run("docker inspect --format {{.Config.Image}} vllm-k80-die0")

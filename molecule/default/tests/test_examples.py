@@ -29,7 +29,7 @@ def environment(gateway_url: str, gateway_key: str) -> dict[str, str]:
 def run(environment: dict[str, str]) -> Run:
     def run(*command: str) -> str:
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

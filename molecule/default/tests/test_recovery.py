@@ -11,8 +11,9 @@ import pytest
 from conftest import SERVER, Instance, Server
 from scenario import reboot
 
-# An instance has started when it has loaded its model and generated from it; two do so at once.
-START = 240
+# An instance has started when it has loaded its model and generated from it; two do so at once,
+# and the machine may have much else to do.
+START = 600
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,7 @@ def test_a_request_under_way_is_answered_by_the_other_instance(
     server: Server, ask: Callable[..., str]
 ) -> None:
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(ask, "Tell me a long story about a river.", max_tokens=160)
+        answer = pool.submit(ask, "Tell me a long story about a river.", max_tokens=96)
         instance = busy_instance(server)
         assert not answer.done()
         server.run(f"docker kill {instance.unit}")
@@ -70,15 +71,16 @@ def test_the_gateway_answers_while_one_instance_is_down(
     server: Server, ask: Callable[..., str], status_page: Callable[[], str]
 ) -> None:
     instance = server.instances[1]
+    began = int(server.run("date +%s"))
     server.run(f"systemctl stop {instance.unit}")
     assert server.run(f"systemctl show --property Result --value {instance.unit}") == "success"
-    said = server.run(f"journalctl --unit {instance.unit} --output cat --since -60s")
+    said = server.run(f"journalctl --unit {instance.unit} --output cat --since @{began}")
     assert "Application shutdown complete." in said
     stopped = time.monotonic()
     try:
         # The check that met its end may have been reset; the next one says what is the matter.
         while ">down: takes no connection<" not in (page := status_page()):
-            assert time.monotonic() - stopped < 30, page
+            assert time.monotonic() - stopped < 120, page
             time.sleep(1)
         assert "1 of 2 instances are ready" in page
         for _ in range(4):
@@ -95,12 +97,13 @@ def test_a_die_with_memory_errors_gets_no_requests_until_it_has_none(
     """The instance on it generates as before: it is the doctor who keeps requests away."""
     errors = "/etc/k80-emulator/dies/0000:05:00.0/ecc.errors.uncorrected.volatile.total"
     old = server.container_id(server.instances[0])
+    injected = int(server.run("date +%s"))
     server.run(f"echo 2 > {errors}")
     began = time.monotonic()
     try:
         # The page is made every 15 seconds: one from before may say something else.
         while ">drained: gets no new requests<" not in (page := status_page()):
-            assert time.monotonic() - began < 120, page  # it is asked every 30 seconds
+            assert time.monotonic() - began < 300, page  # it is asked every 30 seconds
             time.sleep(1)
         assert "1 of 2 instances are ready" in page
         for _ in range(4):
@@ -109,11 +112,12 @@ def test_a_die_with_memory_errors_gets_no_requests_until_it_has_none(
         (row, _) = json.loads(server.run("k80-doctor --status --json"))
         assert (row["instance"], row["state"]) == ("die0", "drained by k80-doctor")
         assert row["why"].startswith("ecc-errors: die 0000:05:00.0 has had 2 double-bit")
-        said = server.run("journalctl --unit vllm-k80-die0-liveness --output cat --since -180s")
+        liveness = f"vllm-k80-die0-liveness --output cat --since @{injected}"
+        said = server.run(f"journalctl --unit {liveness}")
         assert "die0: gets no new requests. k80-doctor says ecc-errors" in said
     finally:
         server.run(f"rm {errors}")
-    server.wait_until_serving(120)
+    server.wait_until_serving(START)
     assert server.container_id(server.instances[0]) == old, "nothing was restarted for it"
 
 
@@ -121,12 +125,15 @@ def test_a_hung_engine_is_restarted(server: Server) -> None:
     """The web server answers, the engine behind it does not: only generating can tell."""
     instance = server.instances[0]
     old = server.container_id(instance)
-    engine = server.children(instance)
-    assert engine, "the engine runs in a process of its own"
-    pids = " ".join(map(str, engine))
-    server.host.run(f"kill -STOP {pids}")  # a probe that was among them may have ended
-    assert "T" in server.host.run(f"ps -o stat= {pids}").stdout
-    replaced(server, instance, old, timeout=240)
+    engine = server.engine(instance)
+    began = int(server.run("date +%s"))
+    server.run(f"kill -STOP {engine}")
+    assert "T" in server.run(f"ps -o stat= {engine}")
+    health = "import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:8000/health'))"
+    assert "HTTPResponse" in server.in_container(instance, health)
+    replaced(server, instance, old, timeout=START)
+    said = server.run(f"journalctl --unit {instance.unit}-liveness --output cat --since @{began}")
+    assert "failed to generate a token 2 times in a row and is restarted" in said
 
 
 def test_daemon_reload(server: Server, ask: Callable[..., str]) -> None:

@@ -13,7 +13,7 @@ from scenario import play
 
 
 def test_the_table_names_both_dies_and_changes_nothing(server: Server, tmp_path: Path) -> None:
-    server.wait_until_serving(240)
+    server.wait_until_serving(600)
     file = tmp_path / "status.json"
     code, output = play("playbooks/status.yml", "--check", status_json=str(file))
     assert code == 0, output
@@ -38,18 +38,22 @@ def test_the_table_names_both_dies_and_changes_nothing(server: Server, tmp_path:
 def test_the_page_shows_both_dies_and_what_they_do(
     server: Server, ask: Callable[..., str], status_page: Callable[[], str]
 ) -> None:
-    server.wait_until_serving(240)
-    asked = time.monotonic()
+    server.wait_until_serving(600)
     assert "Paris" in ask()
+    asked = time.monotonic()
     # Requests, errors, sent again: of a whole hour, in which other tests ask as well.
     requests = r"<td>2 of 2</td>(?:<td>[^<]*</td>){4}<td>([\d,]+)</td>"
-    while not (found := re.search(requests, page := status_page())) or found[1] == "0":
-        assert time.monotonic() - asked < 60, page
+    # One answer that comes late, to the page or to a check, is another page's.
+    while (
+        not (found := re.search(requests, page := status_page()))
+        or found[1] == "0"
+        or page.count('<p class="state">ready</p>') != 2
+        or len(re.findall(r"<dd>\d+ running, \d+ waiting</dd>", page)) != 2
+    ):
+        assert time.monotonic() - asked < 180, page
         time.sleep(1)
     assert "2 of 2 instances are ready</h1>" in page
-    assert page.count('<p class="state">ready</p>') == 2
     assert {"0000:05:00.0", "0000:06:00.0"} <= {*re.findall(r"<dd>([^<]*)</dd>", page)}
-    assert len(re.findall(r"<dd>\d+ running, \d+ waiting</dd>", page)) == 2
     assert page.count("<svg") == 4
 
 

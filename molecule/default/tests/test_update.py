@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import openai
 from conftest import Server
 from scenario import play
 
@@ -76,7 +79,31 @@ def test_an_update_that_fails_goes_back_and_stops(server: Server, ask: Callable[
         assert "--max-num-seqs 8" in server.run(f"systemctl cat {instance.unit}")
 
 
-def test_a_rollback_brings_back_what_was_before(server: Server, ask: Callable[..., str]) -> None:
+def wait_until_known(client: openai.OpenAI, known: bool) -> None:
+    """Until the gateway takes the client's key, or refuses it."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            client.models.list()
+            found = True
+        except openai.AuthenticationError:
+            found = False
+        if found == known:
+            return
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def test_a_rollback_brings_back_what_was_before(
+    server: Server, ask: Callable[..., str], client: openai.OpenAI
+) -> None:
+    # As a run that was cut off leaves it: a user's key is gone from the file, and HAProxy has it.
+    keys, key = "/etc/haproxy/vllm-k80-keys.map", "sk-of-a-user-who-left"
+    left = client.with_options(api_key=key)
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    server.run(f"echo {digest} left 0 0 >> {keys} && systemctl reload haproxy")
+    wait_until_known(left, True)
+    server.run(f"sed --in-place '$d' {keys}")
     with asked_all_the_time(ask):
         server.run("k80-instance rollback die1")
     assert "--max-num-seqs" not in server.run(f"systemctl cat {server.instances[1].unit}")
@@ -89,3 +116,4 @@ def test_a_rollback_brings_back_what_was_before(server: Server, ask: Callable[..
     assert "molecule-only-" not in said
     assert server.container_id(server.instances[1]) == second
     assert "--max-num-seqs" not in server.run(f"systemctl cat {server.instances[0].unit}")
+    wait_until_known(left, False)
