@@ -46,6 +46,7 @@ class Server:
         self.images = {"good:1", "good:2"}
         self.log: list[str] = []
         self.calls, self.kill_at = 0, -1
+        self.others: dict[str, bool] = {}  # other instances' units, and whether they run
         self.ends_after: float | None = None
 
     def files(self, image: str, key: str = "a", former: str = "") -> Any:
@@ -83,6 +84,11 @@ class Server:
 
     def answer(self, command: tuple[str, ...]) -> tuple[int, str]:
         match command:
+            case ("systemctl", "show", _, unit) if unit in self.others:
+                return 0, f"ActiveState={'active' if self.others[unit] else 'inactive'}\n"
+            case ("systemctl", "start" | "stop" as verb, unit) if unit in self.others:
+                self.log.append(f"{verb} {unit}")
+                self.others[unit] = verb == "start"
             case ("systemctl", "show", _, unit):
                 active = self.timer if unit.endswith(".timer") else self.active
                 state = "enabled" if self.enabled else "disabled"
@@ -388,6 +394,53 @@ def test_one_that_is_stopped_keeps_its_way_back(server: Server, served: Any) -> 
     server.stage("good:2")
     server.apply(if_stopped=True)
     assert server.instance.files("previous") == served
+
+
+@pytest.fixture
+def neighbour(server: Server, served: Any) -> Any:
+    """die1, which serves on GPU-b and port 8002."""
+    other = server.program.Instance("die1")
+    Path(other.state).mkdir()
+    unit = served.unit.replace("Dies=GPU-a GPU-b", "Dies=GPU-c").replace("8001", "8002")
+    other.put("live", server.program.Files(unit, served.environment))
+    Path(server.program.UNITS, other.timer).touch()
+    server.others[other.unit] = True
+    return other
+
+
+@pytest.mark.parametrize(
+    "change", [("Dies=GPU-a GPU-b", "Dies=GPU-a GPU-c"), ("Port=8001", "Port=8002")]
+)
+@pytest.mark.parametrize("image", ["good:1", "broken:2"])
+def test_who_has_its_die_or_port_makes_room(
+    server: Server, served: Any, neighbour: Any, change: tuple[str, str], image: str
+) -> None:
+    """As when a board was taken out, and each instance gets the dies of the next."""
+    unit = served.unit.replace(*change).replace("good:1", image)
+    new = server.program.Files(unit, served.environment)
+    server.instance.put("staged", new)
+    server.active = False  # even so, it waits: another would be drained for it
+    assert server.apply(if_stopped=True) == "waiting"
+    assert server.others[neighbour.unit] is True
+    if image == "good:1":
+        assert server.apply() == "changed"
+        assert server.serves(new)
+        # Its own change starts it elsewhere.
+        assert server.others[neighbour.unit] is False
+        assert neighbour.drained_by() == "update"
+        return
+    with pytest.raises(server.program.ChangeError, match="serves again"):
+        server.apply()
+    assert server.serves(served)
+    assert server.others[neighbour.unit] is True
+    assert neighbour.drained_by() == ""
+
+
+def test_those_that_are_in_nobodys_way_stay(server: Server, served: Any, neighbour: Any) -> None:
+    server.stage("good:2")
+    server.apply()
+    assert server.others[neighbour.unit] is True
+    assert not any(neighbour.unit in line for line in server.log)
 
 
 def test_a_proxy_of_the_environment_is_for_elsewhere(
