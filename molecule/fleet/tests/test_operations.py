@@ -246,7 +246,7 @@ def test_users_keys_are_changed(under_load: UnderLoad) -> None:
 
 def test_a_gateway_speaks_tls(tmp_path: Path) -> None:
     """With a certificate of the lab's CA, which is made with it; and plain HTTP again."""
-    limit = f"--limit={GATEWAYS[0]}"
+    limit = f"--limit=k80_servers:{GATEWAYS[0]}"  # a gateway must learn of all instances
     good("../site.yml", limit, gateway_tls_source="ca", gateway_tls_ca_dir=str(tmp_path / "ca"))
     ask = ["curl", "--silent", "--show-error", "--cacert", tmp_path / "ca/ca.pem"]
     url = f"{URLS[0].replace('http:', 'https:')}/health"
