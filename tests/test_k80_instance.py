@@ -96,12 +96,14 @@ class Server:
                     f"ActiveState={'active' if active else 'inactive'}\nUnitFileState={state}\n"
                     f"InvocationID={self.runs}\n"
                 )
-            case ("systemctl", "enable", *_):
-                self.enabled = True
+            case ("systemctl", "enable", "--quiet", unit, _):
+                self.enabled |= unit == self.instance.unit
             case ("systemctl", "start", unit) if unit.endswith(".timer"):
-                self.timer = True
+                self.timer |= unit == self.instance.timer
             case ("systemctl", "start", _):
                 return self.start(), ""
+            case ("systemctl", "disable", _, "--now", *_):
+                self.active = self.enabled = self.timer = False
             case ("systemctl", "stop", _):
                 self.log.append("stop")
                 self.active = False
@@ -434,6 +436,74 @@ def test_who_has_its_die_or_port_makes_room(
     assert server.serves(served)
     assert server.others[neighbour.unit] is True
     assert neighbour.drained_by() == ""
+
+
+def test_a_new_one_that_fails_gives_back_what_it_took(
+    server: Server, served: Any, neighbour: Any
+) -> None:
+    """As an instance that gets a new name: whom it replaces serves again, alone."""
+    server.active = server.enabled = False
+    server.instance.forget("live")
+    Path(server.program.CONFIG, "proven/die0").unlink()
+    unit = served.unit.replace("GPU-b", "GPU-c").replace("good:1", "slow:2")
+    server.instance.put("staged", server.program.Files(unit, served.environment))
+    with pytest.raises(server.program.ChangeError, match="too slow"):
+        server.apply()
+    assert (server.active, server.enabled, server.timer) == (False, False, False)
+    assert server.others[neighbour.unit] is True
+    assert neighbour.drained_by() == ""
+
+
+def test_there_is_no_way_back_to_what_another_has_by_now(
+    server: Server, served: Any, neighbour: Any
+) -> None:
+    """die1 has die0's former die; now die0 fails on its new one."""
+    live = neighbour.files("live")
+    taken = server.program.Files(live.unit.replace("GPU-c", "GPU-b"), live.environment)
+    neighbour.put("live", taken)
+    server.active = False  # it was moved out of the way
+    unit = served.unit.replace("GPU-a GPU-b", "GPU-d").replace("good:1", "broken:2")
+    server.instance.put("staged", server.program.Files(unit, served.environment))
+    with pytest.raises(server.program.ChangeError, match="is die1's now, so it stays stopped"):
+        server.apply()
+    assert server.others[neighbour.unit] is True
+    assert server.enabled is False
+    # Nor by a rollback.
+    server.instance.put("previous", served)
+    with pytest.raises(server.program.ChangeError, match="is die1's now: change the inventory"):
+        server.program.rollback(server.instance, server.program.Options(6, 60, 0, 3, False))
+
+
+def test_a_move_that_was_cut_off_goes_on(server: Server, served: Any, neighbour: Any) -> None:
+    """A boot has started both, on one die."""
+    live = neighbour.files("live")
+    unit = live.unit.replace("GPU-c", "GPU-b")
+    neighbour.put("live", server.program.Files(unit, live.environment))
+    server.active = False  # ended by the other
+    assert server.apply(if_stopped=True) == "waiting"
+    server.apply()
+    assert server.serves(served)
+    assert server.others[neighbour.unit] is False
+
+
+def test_tokens_of_another_time_are_not_given_back(server: Server, served: Any) -> None:
+    options = server.program.Options(6, 60, 0, 3, False)
+    server.images.add("other:2")
+    other = server.stage("other:2")
+    server.apply(accept_tokens=True)
+    # With other arguments the tokens have another file.
+    unit = other.unit.replace("golden-x", "golden-y")
+    server.instance.put("staged", server.program.Files(unit, other.environment))
+    server.apply()
+    server.program.rollback(server.instance, options)
+    assert server.serves(other)
+
+
+def test_one_that_is_stopped_has_no_requests_to_wait_for(server: Server, served: Any) -> None:
+    server.active = False
+    server.requests = [5] * 1000  # of whoever has its port by now
+    assert server.instance.wait_until_idle(server.program.Options(6, 60, 0, 3, False)) is True
+    assert server.clock == 0
 
 
 def test_those_that_are_in_nobodys_way_stay(server: Server, served: Any, neighbour: Any) -> None:

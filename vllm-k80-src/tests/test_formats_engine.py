@@ -304,7 +304,11 @@ GGUF_MODELS: dict[str, dict[str, Any]] = {
     "phi3": {"architectures": ["Phi3ForCausalLM"], "pad_token_id": 0, "sliding_window": 4},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 96},
-    "stablelm": {"architectures": ["StableLmForCausalLM"], "use_qkv_bias": True},
+    "stablelm": {
+        "architectures": ["StableLmForCausalLM"],
+        "use_qkv_bias": True,
+        "partial_rotary_factor": 0.5,
+    },
     "starcoder2": {"architectures": ["Starcoder2ForCausalLM"], "hidden_act": "gelu_pytorch_tanh"},
 }
 
@@ -355,7 +359,7 @@ def _writer(directory: Path, config: dict[str, Any]) -> gguf.GGUFWriter:
     writer.add_head_count(heads)
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000)
+    writer.add_rope_freq_base(config.get("rope_theta", 10000))
     writer.add_vocab_size(config["vocab_size"])
     return writer
 
@@ -370,14 +374,14 @@ def _finish(writer: gguf.GGUFWriter) -> None:
 def _gguf_model(name: str, directory: Path, config: dict[str, Any]) -> list[int] | None:
     """Write model.gguf of another architecture, by gguf's names of Hugging Face's tensors, with a
     tokenizer that nobody asks; the tokens expected."""
-    config = config | {"model_type": name} | GGUF_MODELS[name]
+    config = config | {"model_type": name, "rope_theta": 500.0} | GGUF_MODELS[name]
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
     names = gguf.get_tensor_name_map(architecture, LAYERS)
     writer = _writer(directory, config)
     writer.add_layer_norm_eps(1e-5)
     head = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
     writer.add_key_length(head)
-    writer.add_rope_dimension_count(head // 4 if name == "stablelm" else head)
+    writer.add_rope_dimension_count(int(head * config.get("partial_rotary_factor", 1)))
     if window := config.get("sliding_window"):
         writer.add_sliding_window(window)
     writer.add_tokenizer_model("llama" if name == "phi3" else "gpt2")

@@ -874,6 +874,7 @@ def of_header(header: gguf_header.Header, path: Path, dtype: str, dies: int = 1)
     ]
     activations = "float" if dtype == "auto" else _activations(config, dtype)
     longest = size("context_length")
+    rotated = size("rope.dimension_count", int(head_size * build.rotary))
     return Model(
         name=path.name,
         format=" and ".join(dict.fromkeys(formats)),
@@ -890,7 +891,7 @@ def of_header(header: gguf_header.Header, path: Path, dtype: str, dies: int = 1)
         layers=layers,
         head=vocabulary(head or embedding),
         embedding=vocabulary(embedding) if head else None,
-        rest=(vectors + longest * int(head_size * build.rotary)) * DTYPES[activations][1],
+        rest=(vectors + longest * rotated) * DTYPES[activations][1],
         dies=dies,
         quantized=True,
         simulated=build.simulated,

@@ -28,7 +28,7 @@ SUPPORTED_TYPES = (
 INSTEAD = "Q4_K_M, Q6_K or Q8_0"
 
 # In the key of the extracted files: raise when what is written changes.
-_FORMAT = 5
+_FORMAT = 6
 
 
 @contextlib.contextmanager
@@ -129,14 +129,23 @@ def rope_scaling(
 def _mend_config(config: Any, fields: Mapping[str, Any]) -> None:
     """Adds what transformers does not read of every architecture.
 
-    Without its window a Phi-3 would look back further than it was trained to. The size of a head is
-    the hidden size by the heads unless it is told; a Qwen3's is not.
+    Without its window a Phi-3 would look back further than it was trained to, and a StarCoder2 with
+    a rotary embedding of another base would answer nonsense. The size of a head is the hidden size
+    by the heads unless it is told; a Qwen3's is not.
     """
     architecture = fields["general.architecture"]
-    for key, name in (("sliding_window", "sliding_window"), ("key_length", "head_dim")):
-        told = fields.get(f"{architecture}.attention.{key}")
+    for key, name in (
+        ("attention.sliding_window", "sliding_window"),
+        ("attention.key_length", "head_dim"),
+        ("rope.freq_base", "rope_theta"),
+    ):
+        told = fields.get(f"{architecture}.{key}")
         if told and hasattr(config, name):
             setattr(config, name, told)
+    rotated = fields.get(f"{architecture}.rope.dimension_count")
+    if rotated and hasattr(config, "partial_rotary_factor"):
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        config.partial_rotary_factor = rotated / head
 
 
 def _mend_tokenizer(tokenizer: Any, reader: Any) -> Any:
