@@ -23,6 +23,8 @@ SPECIFICATION = "/run/cdi/nvidia.yaml"
 DECLARED = "/etc/vllm-k80/doctor.json"
 RUNTIME_CONFIG = "/etc/nvidia-container-runtime/config.toml"
 MODEL = "/var/lib/vllm-k80/models/smollm2-135m-instruct/*"
+# After it the next probe of either instance is 30 s away.
+PROBE = "systemctl start vllm-k80-die0-liveness.service vllm-k80-die1-liveness.service"
 PID_OF_DIE1 = "docker inspect --format '{{.State.Pid}}' vllm-k80-die1"
 
 
@@ -236,7 +238,11 @@ FAULTS = {
         ALL,
     ),
     "no program of the runtime": (
-        without("/usr/bin/nvidia-container-runtime"),
+        # Which would fail the probe that comes meanwhile, rightly, and be there in faults to come.
+        (
+            f"{PROBE}; mv /usr/bin/nvidia-container-runtime /root/kept",
+            "mv /root/kept /usr/bin/nvidia-container-runtime",
+        ),
         {"runtime": "fail"},
         ALL,
     ),
@@ -305,8 +311,7 @@ FAULTS = {
     ),
     "probes fail": (
         (
-            "systemctl start vllm-k80-die0-liveness.service;"
-            " echo $(systemctl show --property InvocationID --value vllm-k80-die0) 1"
+            f"{PROBE}; echo $(systemctl show --property InvocationID --value vllm-k80-die0) 1"
             " > /run/vllm-k80/vllm-k80-die0.failures",
             "rm -f /run/vllm-k80/vllm-k80-die0.failures",
         ),
@@ -315,10 +320,9 @@ FAULTS = {
     ),
     "instance does not generate": (
         (
-            # The next probe, which would renew the proof, is 30 s away.
-            "systemctl start vllm-k80-die1-liveness.service;"
-            " docker exec vllm-k80-die1 touch -d '1 hour ago' /tmp/vllm-k80/proof.json",
-            "systemctl start vllm-k80-die1-liveness.service",
+            # The next probe would renew the proof.
+            f"{PROBE}; docker exec vllm-k80-die1 touch -d '1 hour ago' /tmp/vllm-k80/proof.json",
+            PROBE,
         ),
         {"instance-ready": "fail"},
         SECOND,
