@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import openai
@@ -190,3 +193,23 @@ def ask(client: openai.OpenAI) -> Callable[..., str]:
         return completion.choices[0].message.content or ""
 
     return ask
+
+
+@contextmanager
+def asked_all_the_time(ask: Callable[..., str], users: int = 2) -> Iterator[list[str]]:
+    """Users who ask one question after the other; every one of them is answered."""
+    answers: list[str] = []
+    done = threading.Event()
+
+    def user() -> None:
+        while not done.is_set():
+            answers.append(ask("Tell me a story about a river.", max_tokens=48))
+
+    with ThreadPoolExecutor(users) as pool:
+        asking = [pool.submit(user) for _ in range(users)]
+        try:
+            yield answers
+        finally:
+            done.set()
+            for each in asking:
+                each.result()  # the first request that failed

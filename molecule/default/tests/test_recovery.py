@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import SERVER, Instance, Server
+from conftest import SERVER, Instance, Server, asked_all_the_time
 from scenario import reboot
 
 # An instance has started when it has loaded its model and generated from it; two do so at once,
@@ -121,8 +121,11 @@ def test_a_die_with_memory_errors_gets_no_requests_until_it_has_none(
     assert server.container_id(server.instances[0]) == old, "nothing was restarted for it"
 
 
-def test_a_hung_engine_is_restarted(server: Server) -> None:
-    """The web server answers, the engine behind it does not: only generating can tell."""
+def test_a_hung_engine_is_restarted(server: Server, ask: Callable[..., str]) -> None:
+    """The web server answers, the engine behind it does not: only generating can tell.
+
+    Whoever's request it has is answered in the end, by the other instance.
+    """
     instance = server.instances[0]
     old = server.container_id(instance)
     engine = server.engine(instance)
@@ -131,7 +134,9 @@ def test_a_hung_engine_is_restarted(server: Server) -> None:
     assert "T" in server.run(f"ps -o stat= {engine}")
     health = "import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:8000/health'))"
     assert "HTTPResponse" in server.in_container(instance, health)
-    replaced(server, instance, old, timeout=START)
+    with asked_all_the_time(ask, users=1) as answers:
+        replaced(server, instance, old, timeout=START)
+    assert len(set(answers)) == 1
     said = server.run(f"journalctl --unit {instance.unit}-liveness --output cat --since @{began}")
     assert "failed to generate a token 2 times in a row and is restarted" in said
 
@@ -147,6 +152,26 @@ def test_daemon_reload(server: Server, ask: Callable[..., str]) -> None:
             assert "No such device or address" in told
     assert "Paris" in ask()
     assert [server.container_id(instance) for instance in server.instances] == before
+
+
+def test_the_first_probe_is_not_put_off_by_reloads(server: Server) -> None:
+    """Every new unit reloads systemd, several times a minute in the rest of a first run."""
+    units, timer = "/run/systemd/system", "k80-first-probe.timer"
+    copied = f"/etc/systemd/system/{server.instances[1].unit}-liveness.timer"
+    server.run(f"cp {copied} {units}/{timer}")
+    server.run(f"printf '[Service]\nExecStart=true\n' > {units}/k80-first-probe.service")
+    server.run(f"systemctl daemon-reload && systemctl start {timer}")
+    due = []
+    try:
+        for _ in range(3):
+            time.sleep(2)
+            server.run("systemctl daemon-reload")
+            (row,) = json.loads(server.run(f"systemctl list-timers --output json {timer}"))
+            due.append(row["next"] / 1e6)
+    finally:
+        server.run(f"systemctl stop {timer}; rm {units}/k80-first-probe.*")
+        server.run("systemctl daemon-reload")
+    assert max(due) - min(due) < 1.5, due
 
 
 def dockerd(server: Server) -> str:

@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import openai
-from conftest import Server
+from conftest import Server, asked_all_the_time
 from scenario import play
 
 UPDATE = "playbooks/update.yml"
 # The demo's arguments, and what is changed.
 ARGUMENTS = "vllm_instance_extra_args"
-
-
-@contextmanager
-def asked_all_the_time(ask: Callable[..., str]) -> Iterator[list[str]]:
-    """Two users who ask one question after the other; every one of them is answered."""
-    answers: list[str] = []
-    done = threading.Event()
-
-    def user() -> None:
-        while not done.is_set():
-            answers.append(ask("Tell me a story about a river.", max_tokens=48))
-
-    with ThreadPoolExecutor(2) as pool:
-        users = [pool.submit(user) for _ in range(2)]
-        try:
-            yield answers
-        finally:
-            done.set()
-            for each in users:
-                each.result()  # the first request that failed
 
 
 def containers(server: Server) -> list[str]:
