@@ -1,16 +1,10 @@
-"""SmolLM2's greedy tokens are Hugging Face's, on the same weights dequantized to FP32.
-
-Run as a program, this file is the engine's side: it prints the tokens of all prompts, as they are
-and with a broken attention mask.
-"""
+"""SmolLM2's greedy tokens are Hugging Face's, on the same weights dequantized to FP32."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import engines
 import pytest
 import torch
 
@@ -46,7 +40,10 @@ PROMPTS = [
 
 
 def engine(gguf: Path) -> None:
-    """Print {"plain": [[token, ...], ...], "broken": ..., "prompts": ...} as the last line."""
+    """Print RESULT {"prompts": [[token, ...], ...], "plain": ..., "broken": ...}.
+
+    The tokens of all prompts, as they are and with a broken attention mask.
+    """
     from vllm import LLM, SamplingParams
 
     metadata = str(extract_metadata(gguf, metadata_cache()))
@@ -78,21 +75,19 @@ def engine(gguf: Path) -> None:
         "plain": [list(output.outputs[0].token_ids) for output in plain],
         "broken": [list(output.outputs[0].token_ids) for output in broken],
     }
-    print(json.dumps(result))
+    print("RESULT " + json.dumps(result))
 
 
 @pytest.fixture(scope="module")
 def generated(smollm2: Path) -> dict[str, list[list[int]]]:
-    done = subprocess.run(
-        [sys.executable, __file__, str(smollm2)],
-        capture_output=True,
-        text=True,
-        check=False,
-        # The engine in that very process, so that its mask can be broken.
-        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+    code = (
+        "import json, pathlib, sys, test_smollm2; "
+        "test_smollm2.engine(pathlib.Path(json.loads(sys.argv[1])))"
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    # The engine in that very process, so that its mask can be broken.
+    [result] = engines.results(code, str(smollm2), VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    found: dict[str, list[list[int]]] = result
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +132,3 @@ def test_twenty_of_twenty(hugging_face: Any, generated: dict[str, list[list[int]
 
 def test_a_broken_mask_is_noticed(hugging_face: Any, generated: dict[str, list[list[int]]]) -> None:
     assert not any(agreements(hugging_face, generated["prompts"], generated["broken"]))
-
-
-if __name__ == "__main__":
-    engine(Path(sys.argv[1]))

@@ -197,13 +197,14 @@ def ask(client: openai.OpenAI) -> Callable[..., str]:
 
 @contextmanager
 def asked_all_the_time(ask: Callable[..., str], users: int = 2) -> Iterator[list[str]]:
-    """Users who ask one question after the other; every one of them is answered."""
+    """Users who ask one question after the other, and read; every one of them is answered."""
     answers: list[str] = []
     done = threading.Event()
 
     def user() -> None:
         while not done.is_set():
             answers.append(ask("Tell me a story about a river.", max_tokens=48))
+            done.wait(2)
 
     with ThreadPoolExecutor(users) as pool:
         asking = [pool.submit(user) for _ in range(users)]
