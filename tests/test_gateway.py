@@ -269,6 +269,7 @@ class Gateway:
         subprocess.run([self.config.with_name("states")], check=True)
         self.process.send_signal(signal.SIGUSR2)
         wait_until(lambda: self.workers() > before, "the new process")
+        subprocess.run([self.config.with_name("states"), "reloaded"], check=True)
 
 
 def haproxy() -> str:
@@ -739,6 +740,27 @@ def test_reload_forgets_nothing(tmp_path: Path) -> None:
         assert gateway.states() == {"die0": UP, "die1": DOWN, "die2": DOWN, "die3": DOWN}
         assert str(drained.port) in gateway.command("show servers state")
         assert {gateway.request()[2]["port"] for _ in range(6)} == {ready.port}
+
+
+def test_a_reload_that_fails_is_no_success(tmp_path: Path) -> None:
+    """The configuration is right, and the port is somebody else's."""
+    instance = Instance()
+    with (
+        running(tmp_path, instance) as gateway,
+        socket.create_server(("127.0.0.1", 0)) as somebody,
+    ):
+        wait_until(lambda: gateway.ready_instances() == 1, "the first check")
+        ports = {
+            "gateway_port": somebody.getsockname()[1],
+            "gateway_stats_port": gateway.stats_port,
+        }
+        render(tmp_path, [instance], **ports)
+        subprocess.run([tmp_path / "states"], check=True)
+        gateway.process.send_signal(signal.SIGUSR2)
+        done = subprocess.run([tmp_path / "states", "reloaded"], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "goes on with what it had read" in done.stderr
+        assert gateway.request()[0] == 200
 
 
 # --- Limits and the queue ----------------------------------------------------

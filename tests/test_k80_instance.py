@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -527,6 +528,29 @@ def test_a_proxy_of_the_environment_is_for_elsewhere(
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nothing listens
         setting = {"Address": "127.0.0.1", "Port": str(metrics.server_port)}
         assert program.Instance("die0").requests(setting.__getitem__) == 3
+
+
+def test_who_refuses_to_say_is_told_from_who_is_slow(
+    program: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "METRICS_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        setting = {"Address": "127.0.0.1", "Port": str(silent.getsockname()[1])}
+        with pytest.raises(TimeoutError):
+            program.Instance("die0").requests(setting.__getitem__)
+    assert program.Instance("die0").requests(setting.__getitem__) is None
+
+
+def test_an_instance_that_is_slow_to_say_may_be_busy(
+    server: Server, served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*_: Any) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(server.program.Instance, "requests", slow)
+    options, begun = server.program.Options(6, 60, 0, 3, False), server.clock
+    assert server.instance.wait_until_idle(options) is False
+    assert server.clock - begun >= options.drain_limit
 
 
 def test_what_the_operator_drained_stays_drained(server: Server, served: Any) -> None:

@@ -227,8 +227,11 @@ def host(tmp_path: Path) -> dict[str, str]:
                 exec) . "$HOST/probe" ;;
                 ps) cat "$HOST/containers" 2> /dev/null || true ;;
                 rm) rm "$HOST/containers"; echo "$*" >> "$HOST/log" ;;
+                kill) echo "$*" >> "$HOST/log" ;;
             esac
             """,
+        # As where the last examination has not ended.
+        "systemd-run": 'echo "$*" > "$HOST/examined"; exit 1',
     }
     scripts["sleep"] = 'echo "sleep $*" >> "$HOST/log"'
     for name, text in scripts.items():
@@ -255,7 +258,7 @@ def probe(host: dict[str, str]) -> str:
     return told
 
 
-RESTART = "restart --no-block vllm-k80-die0.service\n"
+RESTART = "kill vllm-k80-die0\ntry-restart --no-block vllm-k80-die0.service\n"
 
 
 def test_an_instance_that_fails_twice_in_a_row_is_restarted(host: dict[str, str]) -> None:
@@ -263,6 +266,8 @@ def test_an_instance_that_fails_twice_in_a_row_is_restarted(host: dict[str, str]
     assert probe(host) == ""
     answer.write_text("exit 0")
     assert probe(host) == ""
+    examined = (Path(host["HOST"]) / "examined").read_text()
+    assert examined.endswith("--unit vllm-k80-die0-examine k80-instance examine die0\n")
     answer.write_text("exit 1")
     assert probe(host) == ""
     assert probe(host) == RESTART

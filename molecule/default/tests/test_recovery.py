@@ -112,8 +112,8 @@ def test_a_die_with_memory_errors_gets_no_requests_until_it_has_none(
         (row, _) = json.loads(server.run("k80-doctor --status --json"))
         assert (row["instance"], row["state"]) == ("die0", "drained by k80-doctor")
         assert row["why"].startswith("ecc-errors: die 0000:05:00.0 has had 2 double-bit")
-        liveness = f"vllm-k80-die0-liveness --output cat --since @{injected}"
-        said = server.run(f"journalctl --unit {liveness}")
+        examined = f"vllm-k80-die0-examine --output cat --since @{injected}"
+        said = server.run(f"journalctl --unit {examined}")
         assert "die0: gets no new requests. k80-doctor says ecc-errors" in said
     finally:
         server.run(f"rm {errors}")
