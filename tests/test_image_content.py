@@ -33,6 +33,32 @@ def load(path):
 content = load(ROOT / "roles/vllm_image/filter_plugins/vllm_image.py")
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        # As debootstrap writes it, and as Docker's images have it.
+        ("sources.list", "deb http://deb.debian.org/debian bookworm main\n"),
+        (
+            "sources.list.d/debian.sources",
+            "Types: deb\nURIs: http://deb.debian.org/debian\nSuites: bookworm\nComponents: main\n",
+        ),
+    ],
+)
+def test_the_image_finds_the_sources_of_its_base(tmp_path, file, text):
+    (tmp_path / "sources.list.d").mkdir()
+    (tmp_path / file).write_text(text)
+    dockerfile = (DOCKER / "Dockerfile").read_text().replace("\\\n", "")
+    commands = re.findall(r"find /etc/apt/sources.*?{} \+", dockerfile)
+    assert len(commands) == 2
+    for command in commands:
+        inside = command.replace("/etc/apt", str(tmp_path))
+        environment = {"PATH": "/usr/bin:/bin", "DEBIAN_MIRROR": "http://mirror.test/"}
+        subprocess.run(["sh", "-c", inside], env=environment, check=True)
+    changed = (tmp_path / file).read_text()
+    assert "main non-free\n" in changed
+    assert "http://mirror.test/debian" in changed
+
+
 @pytest.fixture
 def source(tmp_path):
     copy = tmp_path / "vllm-k80-src"

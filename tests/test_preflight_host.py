@@ -89,6 +89,20 @@ def test_dies_of_two_boards_among_other_cards(tmp_path: Path, k80_host: ModuleTy
     assert {die["local_cpulist"] for die in dies} == {"0-9"}
 
 
+@pytest.mark.parametrize(
+    ("with_memory", "nodes"),
+    [("0-1", [0, 0, 1, 1]), ("0", [0, 0, -1, -1]), ("0,2-3", [0, 0, -1, -1]), ("", [0, 0, 1, 1])],
+)
+def test_a_node_without_memory_is_none(
+    tmp_path: Path, k80_host: ModuleType, with_memory: str, nodes: list[int]
+) -> None:
+    """As on a server of two processors with all its memory at the first."""
+    add_board(tmp_path, "0000:80:02.0", 0x82, numa_node=1)
+    add_board(tmp_path, "0000:00:02.0", 3, numa_node=0)
+    write(tmp_path / "sys/devices/system/node/has_memory", f"{with_memory}\n")
+    assert [die["numa_node"] for die in k80_host.find_dies(tmp_path)] == nodes
+
+
 def test_a_board_behind_a_switch_of_the_mainboard_is_a_board(
     tmp_path: Path, k80_host: ModuleType
 ) -> None:

@@ -90,7 +90,9 @@ def proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def probe(engine: Engine, *arguments: str) -> int:
-    return cli.main(["probe", "--url", engine.url, "--timeout", "1", *arguments])  # type: ignore[attr-defined]
+    """By an engine that is not slow on purpose, though the machine may be."""
+    seconds = "1" if engine.delay > 1 else "30"
+    return cli.main(["probe", "--url", engine.url, "--timeout", seconds, *arguments])  # type: ignore[attr-defined]
 
 
 def test_golden_tokens_are_recorded_then_reproduced(engine, tmp_path, capsys) -> None:
@@ -192,6 +194,14 @@ def test_the_key_is_sent(engine, monkeypatch) -> None:
     engine.key = "secret"
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     assert probe(engine) == 0
+
+
+def test_a_proxy_of_the_environment_is_for_elsewhere(engine, monkeypatch) -> None:
+    engine.generated = (100,)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nothing listens
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert probe(engine) == 0
+    assert module.tokens_so_far(engine.url) == 100
 
 
 def test_a_server_that_is_silent_once_is_waited_for(

@@ -21,6 +21,8 @@ GOLDEN_TOKENS = 16
 # Seconds that a server may take to say what it serves, which needs no model.
 _QUICK = 5.0
 _COUNTER = "vllm:generation_tokens_total"
+# A proxy of the environment, which Docker may hand to every container, is for elsewhere.
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class ProbeError(UserError):
@@ -47,7 +49,7 @@ def ask(url: str, payload: dict[str, Any] | None, timeout: float) -> Any:
     data = None if payload is None else json.dumps(payload).encode()
     request = urllib.request.Request(url, data, headers)
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+        with _direct.open(request, timeout=timeout) as response:
             return json.load(response)
     except urllib.error.HTTPError as error:
         detail = error.read().decode(errors="replace")[:300]
@@ -106,7 +108,7 @@ def tokens_so_far(url: str) -> float | None:
     """Tokens that the server has generated for anybody, as its metrics say; None if they do not."""
     request = urllib.request.Request(f"{url}/metrics", headers=_key())
     try:
-        with urllib.request.urlopen(request, timeout=_QUICK) as response:
+        with _direct.open(request, timeout=_QUICK) as response:
             lines = response.read().decode().splitlines()
         counts = [float(line.split()[-1]) for line in lines if line.startswith(_COUNTER)]
     except (OSError, http.client.HTTPException, ValueError):

@@ -262,19 +262,32 @@ def board_path(die):
     return upstream if is_a(downstream, SWITCH) and is_a(upstream, SWITCH) else die
 
 
-def numa_node_of(die):
+def numbers(listed):
+    """The numbers of a list as the kernel writes it, such as 0-1,3."""
+    found = set()
+    for part in listed.split(","):
+        first, _, last = part.partition("-")
+        if first.isdigit():
+            found.update(range(int(first), int(last or first) + 1))
+    return found
+
+
+def numa_node_of(die, with_memory):
+    """The node that the die is at; -1 if none, or one without memory, which Docker would refuse."""
     try:
-        return int(read(die, "numa_node"))
+        node = int(read(die, "numa_node"))
     except ValueError:
         return -1
+    return -1 if with_memory and node not in with_memory else node
 
 
 def find_dies(root):
+    with_memory = numbers(read(root, "sys/devices/system/node/has_memory"))
     return [
         {
             "pci_address": os.path.basename(path),
             "board": os.path.basename(board_path(path)),
-            "numa_node": numa_node_of(path),
+            "numa_node": numa_node_of(path, with_memory),
             "local_cpulist": read(path, "local_cpulist"),
         }
         for path in die_paths(root)
