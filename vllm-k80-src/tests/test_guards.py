@@ -1,5 +1,6 @@
 """What is refused of requests before an engine sees it; tests/test_api.py asks a server."""
 
+import json
 from typing import Any
 
 import pytest
@@ -41,6 +42,7 @@ def test_what_a_pattern_repeats_is_counted_as_if_written_out(pattern: str, more:
         ({"json": ""}, "the JSON schema is empty"),
         ({"json": "{"}, "no JSON"),
         ({"json": "[" * 100_000}, "no JSON"),
+        ({"json": json.dumps(json.dumps({"type": "object"}))}, "no JSON object"),
         ({"structural_tag": ""}, "structural_tag is empty"),
         ({"choice": ["a", ""]}, "an empty choice"),
         ({"json": {"properties": {"a": {"type": "string", "pattern": ""}}}}, "an empty pattern"),
@@ -53,6 +55,10 @@ def test_what_a_pattern_repeats_is_counted_as_if_written_out(pattern: str, more:
         ({"regex": "((a{100}){100}){100}"}, "more than 4000 longer"),
         ({"regex": "(" * 100_000 + ")" * 100_000}, "guided_regex is nested more than 100 deep"),
         ({"grammar": "root ::= " + "(" * 200 + "a" + ")" * 200}, "guided_grammar is nested"),
+        ({"grammar": 'root ::= "[" [0-9]{0,100000} "]"'}, "repeats something 100000 times"),
+        ({"grammar": 'root ::= ( "a" ")" [b]{500} ){500}'}, "more than 4000 longer"),
+        ({"grammar": "# it's\nroot ::= [\"'#] [0-9]{1,5000} \"'\""}, "something 5000 times"),
+        ({"grammar": 'start: /["\\/]{5000}/ "a"'}, "something 5000 times"),
     ],
 )
 def test_what_would_end_or_stop_a_server_is_refused(guided: dict[str, Any], words: str) -> None:
@@ -77,6 +83,8 @@ def test_a_schema_that_is_nested_too_deep_is_refused() -> None:
         {"regex": r"((25[0-5]|(2[0-4]|1\d|[1-9]|)\d)(\.(?!$)|$)){4}"},
         {"choice": ["yes", "no"]},
         {"grammar": 'root ::= "(" [0-9]{1,3} ")"'},
+        {"grammar": 'root ::= "{5000}" "\\"((((" [{90000}] # {70000}'},
+        {"json": "true"},
     ],
 )
 def test_what_people_send_is_not_refused(guided: dict[str, Any]) -> None:

@@ -678,8 +678,22 @@ def test_a_server_refuses_what_does_not_fit_in_one_line(
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"vllm-k80: {tmp_path} does not fit: weights take 13.")
     assert line.endswith("The nearest that fits: --quantization k80-w8.")
-    for flags in (["-q", "k80-w4", "--dtype=half"], ["--hf-overrides", "{}"], ["-pp=2"]):
+    for flags in (
+        ["-q", "k80-w4", "--dtype=half"],
+        ["--hf-overrides", "{}"],
+        ["-pp=2"],
+        ["--config", "settings.yaml"],
+        ["--tensor_parallel_size=2", "--dtype", "half", "--max_model_len", "2048"],  # as vLLM's
+    ):
         assert serve.server_arguments(str(tmp_path), flags)[1] == str(tmp_path)
+    assert "--tensor-parallel-size=2" in serve.server_arguments(str(tmp_path), flags)
+
+
+@pytest.mark.parametrize("flags", [["--api-key", "k"], ["--api_key=k"]])
+def test_a_key_on_the_command_line_is_refused(tmp_path: Path, flags: list[str]) -> None:
+    write(tmp_path, LLAMA_7B)
+    with pytest.raises(UserError, match="Set VLLM_API_KEY instead"):
+        serve.server_arguments(str(tmp_path), flags)
 
 
 @pytest.mark.parametrize(

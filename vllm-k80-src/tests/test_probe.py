@@ -83,6 +83,7 @@ def engine() -> Iterator[Engine]:
 def proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "run" / "proof.json"
     monkeypatch.setattr(readiness, "PROOF", path)
+    monkeypatch.setattr(readiness, "STEP", path.with_name("step"))
     monkeypatch.setattr(readiness, "DRAINED", tmp_path / "drained")
     monkeypatch.setattr(readiness, "DOCTORED", tmp_path / "drained-by-doctor")
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
@@ -179,6 +180,19 @@ def test_a_full_server_lives_though_the_probe_has_no_turn(engine, capsys, proof)
     engine.delay, engine.generated = 2, (100, 107)
     assert probe(engine) == 0
     assert "no turn within 1 s, but others got 7 tokens" in capsys.readouterr().out
+    assert proof.exists()
+
+
+def test_an_engine_that_works_on_a_long_prompt_lives(engine, capsys, proof) -> None:
+    engine.delay, engine.generated = 2, (100, 100)
+    readiness.note_step()
+    before = readiness.last_step()
+    step = threading.Timer(0.5, readiness.note_step)
+    step.start()
+    assert probe(engine) == 0
+    step.join()
+    assert readiness.last_step() > before > 0
+    assert "no turn within 1 s, but the engine works" in capsys.readouterr().out
     assert proof.exists()
 
 

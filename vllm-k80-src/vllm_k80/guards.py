@@ -21,6 +21,12 @@ MOST_NESTED, MOST_REPEATED, MOST_EXPANDED = 100, 1000, 4000
 
 _BOUNDS = ("minLength", "maxLength", "minItems", "maxItems")
 _REPEAT = re.compile(r"\{(\d+)(?:,(\d*))?\}")
+# Of a grammar: comments, Lark's regular expressions, classes of characters, and literals.
+_TOKENS = re.compile(
+    r"""//[^\n]*|\#[^\n]*|/(?:\\.|[^/\\\n])+/|\[(?:\\.|[^\]\\])*\]
+    |"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'""",
+    re.VERBOSE | re.DOTALL,
+)
 # What transformers' `apply_chat_template` takes that is not the template's own.
 _NOT_THE_TEMPLATES = {
     *("chat_template", "conversation", "tokenize", "tokenizer_kwargs"),
@@ -47,12 +53,24 @@ def check_tokens(name: str, tokens: Iterable[int], vocabulary: int) -> None:
         )
 
 
+def _pattern_of(grammar: str) -> str:
+    """A grammar with a character for each literal and class, whose braces repeat nothing."""
+
+    def shortened(token: re.Match[str]) -> str:
+        text = token[0]
+        if text.startswith(("//", "#")):
+            return " "
+        return text if text.startswith("/") else "x"
+
+    return _TOKENS.sub(shortened, grammar)
+
+
 def expansion(name: str, pattern: str) -> int:
     """How much longer a pattern is when what it repeats is written out, at most.
 
     Args:
-        name: of the field. pattern: a regular expression, or a grammar, whose groups and ``{m,n}``
-            are the same.
+        name: of the field. pattern: a regular expression, or the pattern of a grammar, whose
+            groups and ``{m,n}`` are the same.
 
     Raises:
         ValueError: it repeats too often, or is nested too deep.
@@ -114,6 +132,8 @@ def check_schema(name: str, schema: Any) -> None:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{name} is no JSON: {error}.") from None
+    # A string, as of a schema that was written as JSON twice, passes upstream and ends the engine.
+    _require(isinstance(schema, (Mapping, bool)), f"{name} is no JSON object.")
     more = 0
     for key, value in _members(name, schema):
         if key == "pattern" and isinstance(value, str):
@@ -158,7 +178,7 @@ def check_guided(guided: Any) -> None:
     for name in ("regex", "grammar"):
         if (value := getattr(guided, name)) is not None:
             _require(bool(value.strip()), f"guided_{name} is empty.")
-            expansion(f"guided_{name}", value)
+            expansion(f"guided_{name}", _pattern_of(value) if name == "grammar" else value)
     if isinstance(guided.choice, list):
         _require(all(guided.choice), "guided_choice has an empty choice.")
 
@@ -222,6 +242,9 @@ def install() -> None:
         if not isinstance(params, SamplingParams):
             return
         check_guided(params.guided_decoding)
+        _require(
+            all(word.strip() for word in params.bad_words or ()), "bad_words has an empty word."
+        )
         vocabulary = processor.model_config.get_vocab_size()
         for name in ("stop_token_ids", "allowed_token_ids"):
             check_tokens(name, getattr(params, name) or (), vocabulary)

@@ -119,8 +119,9 @@ def tokens_so_far(url: str) -> float | None:
 def prove_life(url: str, timeout: float) -> str:
     """See that the server generates: a token for us, or, where that has to wait, for others.
 
-    A full server is not a hung one: behind some hundred sequences, or without a free page of KV
-    cache, a request waits longer than any time-out.
+    A full server is not a hung one: behind some hundred sequences, without a free page of KV cache,
+    or behind a prompt that takes all of every step for minutes, a request waits longer than any
+    time-out.
 
     Returns:
         What was seen, as one sentence.
@@ -128,10 +129,12 @@ def prove_life(url: str, timeout: float) -> str:
     Raises:
         ProbeError: neither.
     """
-    before = tokens_so_far(url)
+    before, step = tokens_so_far(url), readiness.last_step()
     try:
         generate(url, 1, timeout)
     except NotUpError:
+        if readiness.last_step() > step:
+            return f"Had no turn within {timeout:g} s, but the engine works."
         after = tokens_so_far(url)
         if before is None or after is None or after <= before:
             raise

@@ -13,6 +13,7 @@ vLLM's ``/health`` only says that the server's process runs; it stays 200 when t
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -20,6 +21,8 @@ from urllib.parse import parse_qs
 from vllm_k80.asgi import App, Receive, Scope, Send
 
 PROOF = Path(os.environ.get("VLLM_K80_PROOF", "/tmp/vllm-k80/proof.json"))
+# Touched after each step of the engine, of which a long prompt takes many before any token.
+STEP = PROOF.with_name("step")
 # Made and removed by the server's `k80-instance`.
 DRAINED = Path(os.environ.get("VLLM_K80_DRAINED", "/var/lib/vllm-k80/drained"))
 # The same; it holds what `k80-doctor` has against the die.
@@ -40,6 +43,24 @@ def write_proof(kind: str, seconds: float) -> None:
 def remove_proof() -> None:
     """The last attempt to generate failed."""
     PROOF.unlink(missing_ok=True)
+
+
+def note_step() -> None:
+    """The engine has done a step. What cannot be noted holds nothing up."""
+    with suppress(OSError):
+        try:
+            os.utime(STEP)
+        except FileNotFoundError:
+            STEP.parent.mkdir(parents=True, exist_ok=True)
+            STEP.touch()
+
+
+def last_step() -> float:
+    """When the engine did its last step, in seconds since the epoch; 0 if it never did one."""
+    try:
+        return STEP.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def drained_by() -> str | None:

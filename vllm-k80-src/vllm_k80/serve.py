@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -87,7 +88,8 @@ def _check_fit(model: str, flags: list[str]) -> None:
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
     parser.add_argument("--gpu-memory-utilization", type=float)
     # With these it is another account, or another model.
-    for flag in ("--pipeline-parallel-size", "-pp", "--hf-overrides", "--hf-config-path"):
+    others = ("--pipeline-parallel-size", "-pp", "--hf-overrides", "--hf-config-path", "--config")
+    for flag in others:
         parser.add_argument(flag, dest="other")
     try:
         given = parser.parse_known_args(flags)[0]
@@ -118,6 +120,12 @@ def _check_fit(model: str, flags: list[str]) -> None:
         raise UserError(f"{model} does not fit: {reason}. {advice}")
 
 
+def _hyphenated(flag: str) -> str:
+    """A flag as it is documented: vLLM takes ``--max_model_len`` as well."""
+    name = re.match(r"--[^=.]*", flag)
+    return flag if name is None else name[0].replace("_", "-") + flag[name.end() :]
+
+
 def server_arguments(model: str, rest: list[str]) -> list[str]:
     """Arguments of ``vllm serve`` for this model.
 
@@ -126,9 +134,15 @@ def server_arguments(model: str, rest: list[str]) -> list[str]:
         rest: flags of ``vllm serve``; those given here win over what would be added.
 
     Raises:
-        UserError: a path that does not exist, or a checkpoint that cannot be served.
+        UserError: a path that does not exist, a checkpoint that cannot be served, or a key.
     """
     path = Path(model)
+    rest = [_hyphenated(flag) for flag in rest]
+    if "--api-key" in {flag.split("=")[0] for flag in rest}:
+        raise UserError(
+            "--api-key: every user of this host could read it there, and not all paths would want "
+            "it. Set VLLM_API_KEY instead."
+        )
     _check_model(model, rest)
     _check_fit(model, rest)
     given = {flag.split("=")[0] for flag in rest}

@@ -6,6 +6,7 @@ device is replaced as well; scheduling, batching, sampling and the model are ups
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from vllm.logger import init_logger
@@ -16,7 +17,7 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
 
-from vllm_k80 import device, fusion, graphs, plan
+from vllm_k80 import device, fusion, graphs, plan, readiness
 from vllm_k80.errors import UserError
 from vllm_k80.memory import Limits
 from vllm_k80.platform import K80Platform, cpu_kv_cache_limit
@@ -106,13 +107,18 @@ def _refusal(worker: Worker, limits: Limits, left: int, needed: int) -> str:
 
 
 class K80ModelRunner(GPUModelRunner):
-    """`GPUModelRunner` that scores a prompt in parts.
+    """`GPUModelRunner` that notes each step, and scores a prompt in parts.
 
     Upstream makes the logits of all of a step's tokens at once for ``prompt_logprobs``: of 2,048
     tokens and a vocabulary of 128,256 they and their copies take 3 GB, which no die has left.
     """
 
     scored = _FEWEST_SCORED  # tokens at a time (`kv_cache_bytes`)
+
+    def execute_model(self, *args: Any, **options: Any) -> Any:
+        output = super().execute_model(*args, **options)
+        readiness.note_step()
+        return output
 
     def _get_prompt_logprobs_dict(
         self, hidden_states: torch.Tensor, scheduler_output: SchedulerOutput
