@@ -8,8 +8,9 @@ from pathlib import Path
 from conftest import SERVER, Server
 from scenario import play
 
-# As little as there can be: how fast a CPU is, is not what is tested.
-FLAGS = "--concurrency 1 --requests 1 --prompt-tokens 8 --output-tokens 4 --prompt-lengths 8"
+# As little as there can be: how fast a CPU is, is not what is tested. The dies are sampled every
+# two seconds, so that it must take more than these.
+FLAGS = "--concurrency 1 --requests 1 --prompt-tokens 8 --output-tokens 40 --prompt-lengths 8"
 
 
 def test_instances_and_the_gateway_are_measured(server: Server, tmp_path: Path) -> None:
