@@ -45,8 +45,8 @@ HOST_SCENARIOS := driver driver-matrix toolkit
 MORE_SCENARIOS := air-gapped fleet fleet-short
 
 .PHONY: test
-test: venv ## Checks, tests and the main scenario (needs Docker; 40 to 60 minutes); HOSTS=1 adds test-hosts
-	@$(MAKE) --jobs=2 test-molecule test-apart $(if $(HOSTS),$(HOST_SCENARIOS:%=scenario-%))
+test: venv ## Checks, tests and the main scenario (needs Docker; 40 to 60 minutes); HOSTS='NAME …' adds scenarios
+	@$(MAKE) --jobs=2 test-molecule test-apart $(HOSTS:%=scenario-%)
 
 .PHONY: test-molecule
 test-molecule: $(MAIN_SCENARIOS:%=scenario-%) ## The main scenario, on an emulated server
