@@ -43,12 +43,17 @@ def said(code: str, arguments: Any, **environment: str) -> str:
     return text
 
 
-def results(code: str, arguments: Any, **environment: str) -> list[Any]:
-    """The JSON behind RESULT in each line that it prints."""
-    lines = said(code, arguments, **environment).splitlines()
+def results_in(text: str) -> list[Any]:
+    """The JSON behind RESULT in each line of what was printed."""
+    lines = text.splitlines()
     return [
         json.loads(line.removeprefix("RESULT ")) for line in lines if line.startswith("RESULT ")
     ]
+
+
+def results(code: str, arguments: Any, **environment: str) -> list[Any]:
+    """The same of what ``code`` prints."""
+    return results_in(said(code, arguments, **environment))
 
 
 def results_together(code: str, arguments: Any, ranks: int) -> list[Any]:

@@ -264,8 +264,7 @@ def test_a_bf16_checkpoint_is_converted_with_one_warning(tiny: Path, tmp_path: P
     engine = {"model": str(tmp_path / "bfloat16"), "skip_tokenizer_init": True}
     said = engines.said(RUN, {"engine": engine, "prompts": prompts, "tokens": 6})
     assert said.count("Falling back to torch.float32") == 1
-    [found] = [line for line in said.splitlines() if line.startswith("RESULT ")]
-    assert json.loads(found.removeprefix("RESULT ")) == same
+    assert engines.results_in(said) == [same]
     assert same["dtype"] == "torch.float32"
 
 

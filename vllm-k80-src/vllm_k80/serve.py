@@ -138,14 +138,14 @@ def server_arguments(model: str, rest: list[str]) -> list[str]:
     """
     path = Path(model)
     rest = [_hyphenated(flag) for flag in rest]
-    if "--api-key" in {flag.split("=")[0] for flag in rest}:
+    given = {flag.split("=")[0] for flag in rest}
+    if "--api-key" in given:
         raise UserError(
             "--api-key: every user of this host could read it there, and not all paths would want "
             "it. Set VLLM_API_KEY instead."
         )
     _check_model(model, rest)
     _check_fit(model, rest)
-    given = {flag.split("=")[0] for flag in rest}
     arguments = ["serve", model, *rest]
     for middleware in MIDDLEWARE:
         arguments += ["--middleware", middleware]
