@@ -8,24 +8,22 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import requests
+import servers
+from servers import KEY, MODEL
 
 pytestmark = pytest.mark.engine
 
-KEY = "sk-test-0123456789abcdef"
-MODEL = "smollm2"
 CONTEXT = 1024
 PROMPT = "The capital of France is"
 GREEDY = " Paris.\n\nThe answer is: 2"
@@ -45,27 +43,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_embeds", "image_embeds": "
 PADDED = {"messages": HELLO, "chat_template_kwargs": {"padding": "max_length"}}
 
 
-@dataclass
-class Server:
-    url: str
-    log: Path
-    environment: dict[str, str]
-
-    def call(
-        self, path: str, payload: Any = None, key: str | None = KEY, **options: Any
-    ) -> requests.Response:
-        """POST the payload as JSON, or GET without one. A server that hangs fails the test."""
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        method = "GET" if payload is None else "POST"
-        return requests.request(
-            method, self.url + path, json=payload, headers=headers, timeout=60, **options
-        )
-
-    def post(self, path: str, **payload: Any) -> dict[str, Any]:
-        response = self.call(path, {"model": MODEL, **payload})
-        assert response.status_code == 200, response.text
-        return response.json()
-
+class Server(servers.Server):
     def complete(self, prompt: Any = PROMPT, **options: Any) -> dict[str, Any]:
         """One choice of a completion; greedy and 10 tokens unless told otherwise."""
         options = {"max_tokens": 10, "temperature": 0, **options}
@@ -96,45 +74,11 @@ class Server:
 @pytest.fixture(scope="module")
 def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {
-        "VLLM_API_KEY": KEY,
-        "VLLM_K80_PROOF": str(folder / "proof.json"),
-        "VLLM_NO_USAGE_STATS": "1",
-        # As on a die: an engine that has imported everything itself.
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    }
-    arguments = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL]
-    arguments += ["--max-model-len", str(CONTEXT), "--max-num-seqs", "16"]
-    started = Server(f"http://127.0.0.1:{port}", folder / "log", environment)
-    with started.log.open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_k80.cli", "serve", str(smollm2), *arguments],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + 180
-        while True:
-            assert process.poll() is None, started.log.read_text()
-            assert time.monotonic() < deadline, started.log.read_text()
-            try:
-                if started.call("/health").status_code == 200:
-                    break
-            except requests.ConnectionError:
-                time.sleep(0.5)
-        yield started
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    flags = ["--max-model-len", str(CONTEXT), "--max-num-seqs", "16"]
+    # As on a die: an engine that has imported everything itself.
+    method = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    with servers.serving(smollm2, folder, *flags, **method) as started:
+        yield Server(**vars(started))
 
 
 def test_ready_follows_the_proof(server: Server) -> None:
@@ -534,3 +478,19 @@ def test_still_ready_for_work(server: Server) -> None:
     """Last in this file: none of all that has hurt the engine."""
     assert server.probe().returncode == 0
     assert server.ready()[0] == 200
+
+
+def test_what_it_has_taken_on_is_finished_before_it_stops(server: Server) -> None:
+    """The last test: it ends the server."""
+    answer = server.stream(PROMPT, 24)
+    next(answer)
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    with pytest.raises(requests.ConnectionError):
+        server.call("/health")
+    rest = list(answer)
+    assert rest[-1] == "[DONE]", server.log.read_text()
+    assert len(rest) == 24  # 23 tokens, and the end
+    assert server.process.wait(20) == 0, server.log.read_text()
+    ending = server.log.read_text().split("Shutting down")[1]
+    assert "Traceback" not in ending, ending

@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
             case "serve":
                 from vllm_k80 import serve
 
-                serve.run(arguments.model, rest)
+                return serve.run(arguments.model, rest)
             case "probe":
                 from vllm_k80 import probe
 

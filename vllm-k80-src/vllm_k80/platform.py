@@ -176,6 +176,10 @@ class K80Platform(Platform):
         parallel.disable_custom_all_reduce = True
         if parallel.worker_cls == "auto":
             parallel.worker_cls = f"vllm_k80.worker.{'K80Worker' if HAS_GPU else 'ReferenceWorker'}"
+        if parallel.distributed_executor_backend == "mp":
+            from vllm_k80.executor import K80Executor
+
+            parallel.distributed_executor_backend = K80Executor
         if HAS_GPU:
             # To ask for a device, as above, initializes the driver, and a fork inherits it broken.
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"

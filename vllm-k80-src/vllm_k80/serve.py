@@ -206,8 +206,15 @@ def _honour_bad_words() -> None:
     CompletionRequest.to_sampling_params = to_sampling_params
 
 
-def run(model: str, rest: list[str]) -> None:
-    """Serve until told to stop."""
+def run(model: str, rest: list[str]) -> int:
+    """Serve until told to stop.
+
+    Returns:
+        an exit status: 1 if the engine died.
+
+    Raises:
+        UserError: what cannot be served, or not here.
+    """
     arguments = server_arguments(model, rest)
     # The platform refuses these too, but deep inside the engine.
     from vllm_k80.platform import HAS_GPU, K80Platform
@@ -227,8 +234,12 @@ def run(model: str, rest: list[str]) -> None:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
     from vllm.entrypoints.cli.main import main as vllm
 
+    from vllm_k80 import lifetime
+
     _honour_bad_words()
     guards.install()
+    lifetime.install()
     os.environ[readiness.SERVED_NAMES] = json.dumps(served_names(arguments))
     sys.argv = ["vllm", *arguments]
     vllm()
+    return int(lifetime.engine_died())

@@ -147,7 +147,23 @@ class K80ModelRunner(GPUModelRunner):
         return scored
 
 
-class K80Worker(Worker):
+class _Worker(Worker):
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """One step. Of several dies, one that fails ends its process.
+
+        The others wait for it in a sum that never comes, and of errors upstream hears the first
+        die's alone.
+        """
+        try:
+            return super().execute_model(scheduler_output)
+        except Exception:
+            if self.parallel_config.world_size == 1:
+                raise
+            logger.exception("Die %d has failed, and ends the engine.", self.rank)
+            os._exit(1)
+
+
+class K80Worker(_Worker):
     """`Worker`, with CUDA graphs only on a die that replays them rightly.
 
     Of memory it takes what was planned, or less where upstream's profiling run finds less.
@@ -180,7 +196,7 @@ class ReferenceModelRunner(K80ModelRunner):
         """Nothing runs asynchronously."""
 
 
-class ReferenceWorker(Worker):
+class ReferenceWorker(_Worker):
     """`Worker` whose die is a CPU; memory is budgeted as on a die."""
 
     def init_device(self) -> None:
