@@ -1,5 +1,10 @@
 """GGUF tensors in our layout, against the gguf library's own dequantization."""
 
+import errno
+import logging
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -206,12 +211,17 @@ def test_wrong_files_are_refused(tmp_path: Path, content: bytes | None, message:
         extract_metadata(path, tmp_path / "cache")
 
 
-def test_metadata_is_extracted_once_and_completely(smollm2: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def metadata(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return extract_metadata(smollm2, tmp_path_factory.mktemp("metadata"))
+
+
+def test_metadata_is_extracted_once_and_completely(smollm2: Path, metadata: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
-    directory = extract_metadata(smollm2, tmp_path)
-    assert extract_metadata(smollm2, tmp_path) == directory
-    assert [entry.name for entry in tmp_path.iterdir()] == [directory.name]
+    directory = metadata
+    assert extract_metadata(smollm2, directory.parent) == directory
+    assert [entry.name for entry in directory.parent.iterdir()] == [directory.name]
     config = AutoConfig.from_pretrained(directory)
     assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (30, 576, 49152)
     assert config.architectures == ["LlamaForCausalLM"]
@@ -223,3 +233,40 @@ def test_metadata_is_extracted_once_and_completely(smollm2: Path, tmp_path: Path
     assert "<|im_start|>user\nHi<|im_end|>" in chat
     # The weights are not copied along.
     assert sum(file.stat().st_size for file in directory.iterdir()) < 10_000_000
+
+
+def test_metadata_that_a_crash_has_cut_off_is_extracted_again(
+    smollm2: Path, metadata: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / metadata.name
+    shutil.copytree(metadata, directory)
+    whole = (directory / "tokenizer.json").read_bytes()
+    (directory / "tokenizer.json").write_bytes(whole[:1000])
+    assert extract_metadata(smollm2, tmp_path) == directory
+    assert (directory / "tokenizer.json").read_bytes() == whole
+
+
+def test_metadata_is_used_where_it_cannot_be_kept(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    said: list[str] = []
+    monkeypatch.setattr(
+        logging.getLogger("vllm.k80.gguf"),
+        "warning",
+        lambda text, *values: said.append(text % values),
+    )
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cache = tmp_path / "cache"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        directory = extract_metadata(smollm2, cache)
+    assert (directory / "config.json").is_file()
+    assert directory.parent == tmp_path
+    assert list(cache.iterdir()) == []
+    assert said == [
+        f"What {smollm2.name} says of its model cannot be kept in {cache}, and is extracted at "
+        f"each start: No space left on device."
+    ]

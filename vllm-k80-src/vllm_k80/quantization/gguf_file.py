@@ -8,6 +8,7 @@ several times, and each time the whole header is parsed: over a minute for a voc
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -191,7 +192,7 @@ def extract_metadata(path: Path, cache: Path) -> Path:
     Args:
         path: the file.
         cache: where such directories are kept; made if need be. A directory appears there
-            complete or not at all.
+            complete or not at all. If it cannot be written, a temporary directory serves.
 
     Raises:
         UserError: no such file, not a GGUF file, or tensor types that cannot be served.
@@ -207,49 +208,90 @@ def extract_metadata(path: Path, cache: Path) -> Path:
 
     identity = f"{_FORMAT}:{path.name}:{stat.st_size}".encode()
     target = cache / hashlib.sha256(identity + head).hexdigest()[:16]
-    if target.is_dir():
+    if _is_whole(target):
         return target
 
     check_architecture(path)
+    # Not into the cache: what libraries say of a disk that is full is not always an OSError.
+    extracted = Path(tempfile.mkdtemp(prefix="vllm-k80-metadata-"))
+    try:
+        _extract(path, extracted)
+    except BaseException:
+        shutil.rmtree(extracted, ignore_errors=True)
+        raise
+    try:
+        _keep(extracted, target)
+    except OSError as error:
+        from vllm.logger import init_logger
 
+        init_logger("vllm.k80.gguf").warning(
+            "What %s says of its model cannot be kept in %s, and is extracted at each start: %s.",
+            path.name,
+            cache,
+            error.strerror,
+        )
+        return extracted
+    shutil.rmtree(extracted, ignore_errors=True)
+    return target
+
+
+def _is_whole(directory: Path) -> bool:
+    try:
+        for name in ("config.json", "tokenizer.json"):
+            json.loads((directory / name).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _extract(path: Path, into: Path) -> None:
     import gguf
     from transformers import AutoConfig, AutoTokenizer
 
-    cache.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=cache))
-    try:
-        with shared_reader():
-            try:
-                reader = gguf.GGUFReader(path)
-                check_types(path, reader)
-            except (ValueError, IndexError) as error:
-                raise UserError(f"{path} is damaged or of an unknown version: {error}.") from None
-            source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-            config = AutoConfig.from_pretrained(**source)
-            # Without the configuration it would read the metadata for it once more.
-            tokenizer = AutoTokenizer.from_pretrained(**source, config=config)
-            tokenizer = _mend_tokenizer(tokenizer, reader)
-        _mend_config(config, gguf_header.read(path).fields)
-        factors = {t.name: t.data for t in reader.tensors if t.name.startswith("rope_")}
-        if factors:
-            size = getattr(config, "head_dim", None)
-            size = size or config.hidden_size // config.num_attention_heads
-            config.rope_scaling = rope_scaling(path, factors, config.rope_theta, size)
-        if not config.architectures:
-            # A GGUF file names the kind of model only; vLLM wants the class.
-            from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    with shared_reader():
+        try:
+            reader = gguf.GGUFReader(path)
+            check_types(path, reader)
+        except (ValueError, IndexError) as error:
+            raise UserError(f"{path} is damaged or of an unknown version: {error}.") from None
+        source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+        config = AutoConfig.from_pretrained(**source)
+        # Without the configuration it would read the metadata for it once more.
+        tokenizer = AutoTokenizer.from_pretrained(**source, config=config)
+        tokenizer = _mend_tokenizer(tokenizer, reader)
+    _mend_config(config, gguf_header.read(path).fields)
+    factors = {t.name: t.data for t in reader.tensors if t.name.startswith("rope_")}
+    if factors:
+        size = getattr(config, "head_dim", None)
+        size = size or config.hidden_size // config.num_attention_heads
+        config.rope_scaling = rope_scaling(path, factors, config.rope_theta, size)
+    if not config.architectures:
+        # A GGUF file names the kind of model only; vLLM wants the class.
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-            config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
-        # Else vLLM looks for safetensors files to learn the dtype, logs errors and waits.
-        config.torch_dtype = "float32"
-        config.save_pretrained(staging)
-        tokenizer.vocab_file = None  # else the whole GGUF file is copied as "tokenizer.model"
-        tokenizer.save_pretrained(staging)
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    # Else vLLM looks for safetensors files to learn the dtype, logs errors and waits.
+    config.torch_dtype = "float32"
+    config.save_pretrained(into)
+    tokenizer.vocab_file = None  # else the whole GGUF file is copied as "tokenizer.model"
+    tokenizer.save_pretrained(into)
+
+
+def _keep(extracted: Path, target: Path) -> None:
+    """A copy of the directory under another name, which appears when all of it is on the disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=target.parent))
+    try:
+        for file in extracted.iterdir():
+            with (staging / file.name).open("wb") as copy:
+                copy.write(file.read_bytes())
+                copy.flush()
+                os.fsync(copy.fileno())
+        shutil.rmtree(target, ignore_errors=True)  # what is there is not whole
         try:
             os.rename(staging, target)
         except OSError:  # another process was faster
-            if not target.is_dir():
+            if not _is_whole(target):
                 raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return target
