@@ -34,6 +34,12 @@ def add_device(root: Path, path: str, attributes: dict[str, str]) -> Path:
     return device
 
 
+def bind(root: Path, address: str, driver: str) -> None:
+    """This driver has that device."""
+    device = root / "sys/bus/pci/devices" / address
+    (device / "driver").symlink_to(root / "sys/bus/pci/drivers" / driver)
+
+
 def resource(memory: int) -> str:
     """A die's regions: registers, its memory's window at that address, and 32 MB."""
     regions = [

@@ -20,7 +20,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from made_up_host import add_server, write
+from made_up_host import add_server, bind, write
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCTOR = ROOT / "roles/doctor/files/k80-doctor"
@@ -405,7 +405,11 @@ FAULTS: dict[str, tuple[Fault, dict[str, str], list[str]]] = {
         {"pcie-link": "warn"},
         ALL,
     ),
-    "nouveau loaded": (content("sys/module/nouveau/refcnt", "1"), {"nouveau": "fail"}, ALL),
+    "nouveau has a die": (
+        lambda server: bind(server.root, DIES[1], "nouveau"),
+        {"nouveau": "fail"},
+        SECOND,
+    ),
     "nouveau at the next boot": (
         remove("etc/modprobe.d/k80-nouveau.conf"),
         {"nouveau": "warn"},

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from made_up_host import add_server, bind
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ROOT / "roles/nvidia_driver/files/nvidia-settings"
@@ -116,6 +117,15 @@ def test_an_initial_ram_disk_older_than_the_rule_is_noticed(
     assert state.initramfs_is_old("6.1", str(rule))
     os.utime(rule, (0, 0))
     assert not state.initramfs_is_old("6.1", str(rule))
+
+
+def test_the_driver_that_has_a_die(
+    state: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_server(tmp_path)
+    monkeypatch.setattr(state, "SYSFS", str(tmp_path / "sys"))
+    bind(tmp_path, "0000:05:00.0", "nouveau")
+    assert [state.driver_of(f"0000:0{bus}:00.0") for bus in (5, 6, 7)] == ["nouveau", "", ""]
 
 
 # --- The settings of the dies, with a made-up nvidia-smi ---------------------

@@ -26,6 +26,7 @@ from made_up_host import (
     add_kernel,
     add_package,
     add_server,
+    bind,
     resource,
     write,
 )
@@ -257,7 +258,7 @@ def test_a_container_boots_no_kernel(server: Path, judge: Judge) -> None:
     """Its running kernel, and what is loaded there, are another machine's."""
     write(server / "sys/kernel/realtime", "1\n")
     write(server / "sys/module/nvidia/version", "550.90.07\n")
-    write(server / "sys/module/nouveau/refcnt", "1\n")
+    bind(server, "0000:05:00.0", "nouveau")
     write(server / "sys/firmware/efi/efivars/SecureBoot-8be4df61", "\x06\0\0\0\x01")
     facts = {"kernel": "6.18.1"}
     findings, warnings = judge(server, facts=facts)
@@ -455,10 +456,12 @@ def test_drivers_that_are_in_nobodys_way(server: Path, judge: Judge) -> None:
 
 def test_nouveau_is_told(server: Path, judge: Judge) -> None:
     write(server / "sys/module/nouveau/refcnt", "1\n")
+    assert judge(server) == ([], [])  # as far as it goes: it does not know the card
+    bind(server, "0000:05:00.0", "nouveau")
     assert judge(server) == (
         [],
         [
-            "the driver nouveau is loaded and holds the cards; role nvidia_driver keeps it out from"
+            "the driver nouveau has 0000:05:00.0; role nvidia_driver keeps it out from"
             " the next boot on, which nvidia_driver_reboot allows it to cause."
         ],
     )

@@ -28,6 +28,11 @@ options:
     description: Whether a module that nobody has signed is a fault, as Secure Boot takes it.
     type: bool
     default: false
+  dies:
+    description: PCI addresses of the dies that the driver is for.
+    type: list
+    elements: str
+    default: []
 attributes:
   check_mode:
     description: Changes nothing, ever.
@@ -79,8 +84,9 @@ loaded_version:
   type: str
   returned: success
 nouveau:
-  description: Whether the module nouveau is loaded.
-  type: bool
+  description: The dies that the driver nouveau has. Without any it does no harm.
+  type: list
+  elements: str
   returned: success
 """
 
@@ -163,6 +169,11 @@ def read(path):
         return ""
 
 
+def driver_of(device):
+    driver = os.path.join(SYSFS, "bus/pci/devices", device, "driver")
+    return os.path.basename(os.path.realpath(driver)) if os.path.islink(driver) else ""
+
+
 def main():
     module = AnsibleModule(
         argument_spec={
@@ -171,6 +182,7 @@ def main():
             "version": {"type": "str", "required": True},
             "boot_file": {"type": "path", "required": True},
             "signed": {"type": "bool", "default": False},
+            "dies": {"type": "list", "elements": "str", "default": []},
         },
         supports_check_mode=True,
     )
@@ -208,7 +220,7 @@ def main():
         kernels=kernels,
         faults=[fault for fault in faults if fault],
         loaded_version=read(os.path.join(SYSFS, "module/nvidia/version")),
-        nouveau=os.path.isdir(os.path.join(SYSFS, "module/nouveau")),
+        nouveau=[die for die in wanted["dies"] if driver_of(die) == "nouveau"],
     )
 
 

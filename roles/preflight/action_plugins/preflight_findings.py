@@ -544,14 +544,15 @@ def clocks_are_a_pair(host: Host) -> Iterator[str]:
 
 @check("k80_servers")
 def nouveau_is_out(host: Host) -> Iterator[str]:
-    if host.runs_own_kernel and host.saw("system", "nouveau"):
+    held = host.saw("system", "nouveau", [])
+    if host.runs_own_kernel and held:
         remedy = (
             "role nvidia_driver keeps it out from the next boot on, which nvidia_driver_reboot"
             " allows it to cause"
             if host.gets_driver
             else "blacklist it, renew the initramfs and reboot"
         )
-        yield Warn(f"the driver nouveau is loaded and holds the cards; {remedy}.")
+        yield Warn(f"the driver nouveau has {' and '.join(held)}; {remedy}.")
 
 
 def other_gpus(host: Host) -> str:

@@ -114,8 +114,8 @@ kernels:
   returned: success
 system:
   description:
-    - C(realtime) of the running kernel; C(secure_boot), null where the machine has none; whether
-      C(nouveau) is loaded; and the version of the module C(nvidia) that is.
+    - C(realtime) of the running kernel; C(secure_boot), null where the machine has none; the
+      dies that C(nouveau) has; and the version of the module C(nvidia) that is.
   type: dict
   returned: success
 packages:
@@ -449,7 +449,11 @@ def look_at_system(root):
     return {
         "realtime": read(root, "sys/kernel/realtime") == "1",
         "secure_boot": secure_boot(root),
-        "nouveau": os.path.isdir(os.path.join(root, "sys/module/nouveau")),
+        "nouveau": [
+            os.path.basename(die)
+            for die in die_paths(root)
+            if os.path.basename(os.path.realpath(os.path.join(die, "driver"))) == "nouveau"
+        ],
         "nvidia": read(root, "sys/module/nvidia/version"),
     }
 
