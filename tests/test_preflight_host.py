@@ -467,6 +467,40 @@ def test_nouveau_is_told(server: Path, judge: Judge) -> None:
     )
 
 
+def test_another_docker_is_not_removed_unasked(server: Path, judge: Judge) -> None:
+    for name in ("docker-ce", "docker-ce-cli", "containerd.io", "docker-compose-plugin"):
+        add_package(server, name, "5:27.3.1-1~debian.12~bookworm")
+    assert judge(server) == (
+        [
+            "it has a Docker of another origin (containerd.io, docker-ce, docker-ce-cli), which"
+            " would be removed, with what runs in it, for docker.io; remove it yourself with"
+            " apt-get purge containerd.io docker-ce docker-ce-cli, or set docker_packages to [] to"
+            " have it used (which was never tried)."
+        ],
+        [],
+    )
+    assert judge(server, docker_packages=[]) == ([], [])
+
+
+def test_the_toolkits_repository_has_one_key(server: Path, judge: Judge) -> None:
+    sources = server / "etc/apt/sources.list.d"
+    address = "https://nvidia.github.io/libnvidia-container/stable/deb/$(ARCH)"
+    write(sources / "nvidia-container-toolkit.sources", f"URIs: {address}\n")
+    write(sources / "off.list", f"# deb {address} /\n")
+    assert judge(server) == ([], [])
+    write(sources / "nvidia.list", f"deb [signed-by=/usr/share/keyrings/n.gpg] {address} /\n")
+    assert judge(server) == (
+        [
+            "/etc/apt/sources.list.d/nvidia.list names the repository of NVIDIA's container"
+            " toolkit, and apt reads no source at all where two of them give it different keys;"
+            " remove the file, for the role has one of its own."
+        ],
+        [],
+    )
+    mirror = "https://mirror.example.org/toolkit/deb"
+    assert judge(server, nvidia_container_toolkit_repository=mirror) == ([], [])
+
+
 # --- Clock and network ------------------------------------------------------
 
 

@@ -571,6 +571,32 @@ def other_gpus_are_left_alone(host: Host) -> Iterator[str]:
         )
 
 
+@check("k80_servers")
+def another_docker_is_no_surprise(host: Host) -> Iterator[str]:
+    there = host.seen.get("docker", [])
+    wanted = [name for name in host.get("docker_packages", list) if name not in there]
+    if there and wanted:
+        yield (
+            f"it has a Docker of another origin ({', '.join(there)}), which would be removed, with"
+            f" what runs in it, for {', '.join(map(str, wanted))}; remove it yourself with"
+            f" {host.remove_package(*there)}, or set docker_packages to [] to have it used (which"
+            " was never tried)."
+        )
+
+
+@check("k80_servers")
+def apt_is_given_one_key_for_the_toolkit(host: Host) -> Iterator[str]:
+    ours = "/etc/apt/sources.list.d/nvidia-container-toolkit.sources"
+    others = [path for path in host.seen.get("toolkit_sources", []) if path != ours]
+    repository = host.get("nvidia_container_toolkit_repository", str)
+    if others and "/libnvidia-container/" in repository:
+        yield (
+            f"{' and '.join(others)} names the repository of NVIDIA's container toolkit, and apt"
+            " reads no source at all where two of them give it different keys; remove the file, for"
+            " the role has one of its own."
+        )
+
+
 # --- Clock and network ------------------------------------------------------
 
 

@@ -124,6 +124,14 @@ packages:
     - The library that NVIDIA's runfile leaves counts as one, by its path.
   type: list
   returned: success
+docker:
+  description: Installed parts of a Docker that is not the distribution's.
+  type: list
+  returned: success
+toolkit_sources:
+  description: Files that name NVIDIA's repository of the container toolkit to apt.
+  type: list
+  returned: success
 clock:
   description:
     - C(now); how far it is C(ahead) of the controller, in seconds; C(synchronised), null where the
@@ -187,6 +195,9 @@ DRIVER_PARTS = re.compile(
     r"compute|ml1$|tesla)|nvidia-(driver|headless|open|dkms|kmod|kernel|utils|compute-utils|smi$|"
     r"tesla))"
 )
+
+# What Docker's own repository has.
+FOREIGN_DOCKER = re.compile(r"(docker-(ce|ce-cli|engine)|containerd\.io)$")
 
 
 def read(*path):
@@ -496,6 +507,21 @@ def look_at_packages(root, seconds):
     return parts
 
 
+def look_at_docker(root, seconds):
+    return sorted(
+        {name for name, _ in installed_packages(root, seconds) if FOREIGN_DOCKER.match(name)}
+    )
+
+
+def look_at_toolkit_sources(root):
+    return [
+        "/" + os.path.relpath(path, root)
+        for path in sorted(glob(os.path.join(root, "etc/apt/sources.list.d/*")))
+        if path.endswith((".list", ".sources"))
+        and re.search(r"^[^#\n]*/libnvidia-container/", read(path), re.M)
+    ]
+
+
 # --- Clock, repositories, space ---------------------------------------------
 
 
@@ -661,6 +687,8 @@ def look_at_host(given, started):
         "kernels": (look_at_kernels, root, seconds),
         "system": (look_at_system, root),
         "packages": (look_at_packages, root, seconds),
+        "docker": (look_at_docker, root, seconds),
+        "toolkit_sources": (look_at_toolkit_sources, root),
         "clock": (look_at_clock, root, given["now"], started),
         "space": (lambda paths: [space_of(path) for path in paths], given["space"]),
     }
