@@ -20,6 +20,7 @@ FACTS = {
     "kernel": KERNEL,
     "service_mgr": "systemd",
     "memtotal_mb": 65536,
+    "default_ipv4": {"address": "192.0.2.7"},
 }
 SETTINGS = {
     "vllm_instance_api_key": "k3y-Of-The-Instances-0123456789",

@@ -763,6 +763,21 @@ def test_a_reload_that_fails_is_no_success(tmp_path: Path) -> None:
         assert gateway.request()[0] == 200
 
 
+def test_an_instance_out_of_reach_is_told(both: Gateway) -> None:
+    tasks = [{"ansible.builtin.include_tasks": str(ROLE / "tasks/reached.yml")}]
+
+    def told() -> subprocess.CompletedProcess[str]:
+        return play(both.config.parent, tasks, both.instances)
+
+    both.instances[0].ready = 503  # it answers
+    result = told()
+    assert result.returncode == 0, result.stdout
+    both.instances[1].stop()
+    result = told()
+    assert result.returncode != 0
+    assert "gateway1 does not reach server1:die1, which listen" in result.stdout
+
+
 # --- Limits and the queue ----------------------------------------------------
 
 

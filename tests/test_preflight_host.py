@@ -504,6 +504,16 @@ def test_the_toolkits_repository_has_one_key(server: Path, judge: Judge) -> None
 # --- Clock and network ------------------------------------------------------
 
 
+def test_an_address_to_listen_on(server: Path, judge: Judge) -> None:
+    facts: dict[str, Any] = {"default_ipv4": {}}
+    findings, _ = judge(server, facts=facts)
+    assert findings == [
+        "it has no default route, which tells the address that instances listen on; set"
+        " vllm_instance_bind_address to the one by which the gateways reach it."
+    ]
+    assert judge(server, facts=facts, vllm_instance_bind_address="10.0.0.7") == ([], [])
+
+
 def test_a_clock_that_is_off(server: Path, judge: Judge) -> None:
     assert judge(server, ahead=-200) == ([], [])
     findings, warnings = judge(server, ahead=-3 * 3600)

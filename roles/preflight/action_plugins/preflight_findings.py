@@ -600,6 +600,15 @@ def apt_is_given_one_key_for_the_toolkit(host: Host) -> Iterator[str]:
 # --- Clock and network ------------------------------------------------------
 
 
+@check("k80_servers")
+def it_has_an_address_to_listen_on(host: Host) -> Iterator[str]:
+    if not host.get("vllm_instance_bind_address", str):
+        yield (
+            "it has no default route, which tells the address that instances listen on; set"
+            " vllm_instance_bind_address to the one by which the gateways reach it."
+        )
+
+
 def duration(seconds: int) -> str:
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
