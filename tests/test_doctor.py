@@ -202,6 +202,15 @@ class Server:
         link.symlink_to(f"libcuda.so.{DRIVER}")
         return link
 
+    def listen_on_the_network(self, firewall: str) -> None:
+        """Instances on an address of their server's, with its firewall in this state."""
+        name = "vllm-k80-firewall.service"
+        self.declared["boot_units"] = [*UNITS, name]
+        self.units[name] = {"ActiveState": firewall, "UnitFileState": "enabled"}
+        # systemctl answers in the order in which it is asked.
+        asked = [*self.declared["boot_units"], *self.unit_names()]
+        self.units = {each: self.units[each] for each in asked}
+
     def unit_names(self) -> list[str]:
         names = list(UNITS)
         for instance in ("die0", "die1"):
@@ -521,6 +530,11 @@ FAULTS: dict[str, tuple[Fault, dict[str, str], list[str]]] = {
     "unit not there": (
         unit("k80-nvidia-cdi.service", UnitFileState=""),
         {"boot-units": "warn"},
+        [],
+    ),
+    "ports open": (
+        lambda s: s.listen_on_the_network("failed"),
+        {"firewall": "warn"},
         [],
     ),
     "Docker stopped": (answer("systemctl is-active", "inactive\n", 3), {"docker": "fail"}, ALL),
@@ -867,6 +881,12 @@ def test_the_table_names_host_dies_checks_and_remedies(server: Server) -> None:
     assert lines[place + 1].strip().startswith("-> See to the cooling")
 
 
+def test_ports_are_closed_where_a_network_leads_to_them(server: Server) -> None:
+    server.listen_on_the_network("active")
+    _, report = server.examine()
+    assert next(r["status"] for r in report["checks"] if r["name"] == "firewall") == "ok"
+
+
 def test_what_is_declared_is_what_the_roles_have_told(
     load_module: Callable[[str], ModuleType],
 ) -> None:
@@ -909,6 +929,10 @@ def test_what_is_declared_is_what_the_roles_have_told(
             {key: instance[key] for key in ("name", "dies", "uuids", "address", "port", "model")}
         ],
     }
+    elsewhere = declared(
+        facts, [instance | {"address": "192.0.2.7"}], models, {"tiny": {"source": "directory"}}, {}
+    )
+    assert elsewhere["boot_units"] == [*content["boot_units"], "vllm-k80-firewall.service"]
     # A run of the driver's role alone.
     later = {"dies": facts["dies"], "driver": {"version": "470.1", "units": ["new.service"]}}
     later |= {"toolkit": {}, "image": "", "limits": {}}

@@ -50,6 +50,8 @@ def declared(
     for instance in instances:
         unit = f"vllm-k80-{instance['name']}"
         units += [f"{unit}.service", f"{unit}-liveness.timer"]
+        if instance["address"] != "127.0.0.1":
+            units.append("vllm-k80-firewall.service")
     content = dict(
         facts,
         **parts,
