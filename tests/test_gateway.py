@@ -24,7 +24,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -763,19 +763,33 @@ def test_a_reload_that_fails_is_no_success(tmp_path: Path) -> None:
         assert gateway.request()[0] == 200
 
 
-def test_an_instance_out_of_reach_is_told(both: Gateway) -> None:
+def test_an_instance_out_of_reach_is_told(tmp_path: Path) -> None:
     tasks = [{"ansible.builtin.include_tasks": str(ROLE / "tasks/reached.yml")}]
+    instances = [Instance(), Instance()]
+    with (
+        running(tmp_path, *instances, gateway_check_timeout="1s") as gateway,
+        socket.socket() as full,
+        ExitStack() as waiting,
+    ):
+        wait_until(lambda: gateway.ready_instances() == 2, "two ready instances")
+        instances[0].ready = 503  # it answers
+        instances[1].stop()  # its server does
+        wait_until(lambda: gateway.ready_instances() == 0, "what has changed")
+        result = play(tmp_path, tasks, instances)
+        assert result.returncode == 0, result.stdout
 
-    def told() -> subprocess.CompletedProcess[str]:
-        return play(both.config.parent, tasks, both.instances)
-
-    both.instances[0].ready = 503  # it answers
-    result = told()
-    assert result.returncode == 0, result.stdout
-    both.instances[1].stop()
-    result = told()
-    assert result.returncode != 0
-    assert "gateway1 does not reach server1:die1, which listen" in result.stdout
+        # Whoever asks here gets no answer: so many wait that no more are let in.
+        full.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        full.bind(("127.0.0.1", instances[1].port))
+        full.listen(0)
+        for _ in range(4):
+            one = waiting.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(("127.0.0.1", instances[1].port))
+        wait_until(lambda: "L4TOUT" in gateway.command("show stat"), "a check that timed out")
+        result = play(tmp_path, tasks, instances)
+        assert result.returncode != 0
+        assert "gateway1 does not reach server1:die1, which listen" in result.stdout
 
 
 # --- Limits and the queue ----------------------------------------------------

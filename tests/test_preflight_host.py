@@ -480,6 +480,8 @@ def test_another_docker_is_not_removed_unasked(server: Path, judge: Judge) -> No
         [],
     )
     assert judge(server, docker_packages=[]) == ([], [])
+    asked = ["docker-ce=5:27.3.1-1~debian.12~bookworm", "docker-compose-plugin"]
+    assert judge(server, docker_packages=asked) == ([], [])
 
 
 def test_the_toolkits_repository_has_one_key(server: Path, judge: Judge) -> None:
@@ -487,6 +489,8 @@ def test_the_toolkits_repository_has_one_key(server: Path, judge: Judge) -> None
     address = "https://nvidia.github.io/libnvidia-container/stable/deb/$(ARCH)"
     write(sources / "nvidia-container-toolkit.sources", f"URIs: {address}\n")
     write(sources / "off.list", f"# deb {address} /\n")
+    write(sources / "off.sources", f"Enabled: no\nURIs: {address}\n\nURIs: https://a.example/\n")
+    write(sources / "old.list", f"deb {address.replace('deb/', 'debian11/')} /\n")
     assert judge(server) == ([], [])
     write(sources / "nvidia.list", f"deb [signed-by=/usr/share/keyrings/n.gpg] {address} /\n")
     assert judge(server) == (
@@ -497,6 +501,7 @@ def test_the_toolkits_repository_has_one_key(server: Path, judge: Judge) -> None
         ],
         [],
     )
+    assert judge(server, nvidia_container_toolkit_key="/usr/share/keyrings/n.gpg") == ([], [])
     mirror = "https://mirror.example.org/toolkit/deb"
     assert judge(server, nvidia_container_toolkit_repository=mirror) == ([], [])
 
@@ -512,6 +517,17 @@ def test_an_address_to_listen_on(server: Path, judge: Judge) -> None:
         " vllm_instance_bind_address to the one by which the gateways reach it."
     ]
     assert judge(server, facts=facts, vllm_instance_bind_address="10.0.0.7") == ([], [])
+    gateway = judge(server, facts=facts, groups=["k80_gateways"])
+    assert gateway[0] == [
+        "it has no default route, which tells the address that the servers' firewalls let in; set"
+        " vllm_instance_gateway_addresses to those from which the gateways ask."
+    ]
+    assert judge(
+        server,
+        facts=facts,
+        groups=["k80_gateways"],
+        vllm_instance_gateway_addresses=["10.0.0.1"],
+    ) == ([], [])
 
 
 def test_a_clock_that_is_off(server: Path, judge: Judge) -> None:

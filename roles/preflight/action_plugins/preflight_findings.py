@@ -574,8 +574,8 @@ def other_gpus_are_left_alone(host: Host) -> Iterator[str]:
 @check("k80_servers")
 def another_docker_is_no_surprise(host: Host) -> Iterator[str]:
     there = host.seen.get("docker", [])
-    wanted = [name for name in host.get("docker_packages", list) if name not in there]
-    if there and wanted:
+    wanted = host.get("docker_packages", list)
+    if there and wanted and not {str(name).partition("=")[0] for name in wanted} & {*there}:
         yield (
             f"it has a Docker of another origin ({', '.join(there)}), which would be removed, with"
             f" what runs in it, for {', '.join(map(str, wanted))}; remove it yourself with"
@@ -587,9 +587,14 @@ def another_docker_is_no_surprise(host: Host) -> Iterator[str]:
 @check("k80_servers")
 def apt_is_given_one_key_for_the_toolkit(host: Host) -> Iterator[str]:
     ours = "/etc/apt/sources.list.d/nvidia-container-toolkit.sources"
-    others = [path for path in host.seen.get("toolkit_sources", []) if path != ours]
-    repository = host.get("nvidia_container_toolkit_repository", str)
-    if others and "/libnvidia-container/" in repository:
+    repository = host.get("nvidia_container_toolkit_repository", str).rstrip("/")
+    others = {
+        source["file"]: None
+        for source in host.seen.get("toolkit_sources", [])
+        if source["uri"] == repository and source["file"] != ours
+    }
+    # A key that lies on the server may be the very one that they name.
+    if others and "://" in host.get("nvidia_container_toolkit_key", str):
         yield (
             f"{' and '.join(others)} names the repository of NVIDIA's container toolkit, and apt"
             " reads no source at all where two of them give it different keys; remove the file, for"
@@ -602,10 +607,23 @@ def apt_is_given_one_key_for_the_toolkit(host: Host) -> Iterator[str]:
 
 @check("k80_servers")
 def it_has_an_address_to_listen_on(host: Host) -> Iterator[str]:
-    if not host.get("vllm_instance_bind_address", str):
+    if not host.facts.get("default_ipv4", {}).get("address") and not host.get(
+        "vllm_instance_bind_address", str
+    ):
         yield (
             "it has no default route, which tells the address that instances listen on; set"
             " vllm_instance_bind_address to the one by which the gateways reach it."
+        )
+
+
+@check("k80_gateways")
+def it_has_an_address_to_ask_from(host: Host) -> Iterator[str]:
+    known = host.facts.get("default_ipv4", {}).get("address")
+    servers = [name for name in host.inventory.get("k80_servers", []) if name != host.name]
+    if servers and not known and "vllm_instance_gateway_addresses" not in host.defined:
+        yield (
+            "it has no default route, which tells the address that the servers' firewalls let in;"
+            " set vllm_instance_gateway_addresses to those from which the gateways ask."
         )
 
 

@@ -129,7 +129,7 @@ docker:
   type: list
   returned: success
 toolkit_sources:
-  description: Files that name NVIDIA's repository of the container toolkit to apt.
+  description: What names the toolkit's repositories to apt, as C(file) and C(uri).
   type: list
   returned: success
 clock:
@@ -196,8 +196,10 @@ DRIVER_PARTS = re.compile(
     r"tesla))"
 )
 
-# What Docker's own repository has.
-FOREIGN_DOCKER = re.compile(r"(docker-(ce|ce-cli|engine)|containerd\.io)$")
+# What is not installed beside the distribution's Docker.
+FOREIGN_DOCKER = re.compile(
+    r"(docker-(ce|ce-cli|engine)|containerd\.io|podman-docker|moby-(engine|cli|containerd))$"
+)
 
 
 def read(*path):
@@ -514,12 +516,17 @@ def look_at_docker(root, seconds):
 
 
 def look_at_toolkit_sources(root):
-    return [
-        "/" + os.path.relpath(path, root)
-        for path in sorted(glob(os.path.join(root, "etc/apt/sources.list.d/*")))
-        if path.endswith((".list", ".sources"))
-        and re.search(r"^[^#\n]*/libnvidia-container/", read(path), re.M)
-    ]
+    """The files, and the URI that each names first."""
+    found = []
+    for path in sorted(glob(os.path.join(root, "etc/apt/sources.list.d/*"))):
+        if not path.endswith((".list", ".sources")):
+            continue
+        for stanza in read(path).split("\n\n" if path.endswith(".sources") else "\n"):
+            uri = re.search(r"^[^#\n]*?\b(https?://\S*/libnvidia-container/\S*)", stanza, re.M)
+            if uri and not re.search(r"^Enabled: *no$", stanza, re.M | re.I):
+                file = "/" + os.path.relpath(path, root)
+                found.append({"file": file, "uri": uri[1].replace("$(ARCH)", "amd64").rstrip("/")})
+    return found
 
 
 # --- Clock, repositories, space ---------------------------------------------
