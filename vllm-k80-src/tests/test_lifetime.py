@@ -17,15 +17,17 @@ from vllm_k80.serve import metadata_cache
 pytestmark = pytest.mark.engine
 
 
+ENGINE = "Engine core proc EngineCore_0 died unexpectedly"
+WORKER = "Worker proc VllmWorker-1 died unexpectedly"
+
+
 @pytest.mark.parametrize(
-    ("dies", "said"),
-    [
-        ("1", "Engine core proc EngineCore_0 died unexpectedly"),
-        ("2", "Worker proc VllmWorker-1 died unexpectedly"),
-    ],
+    ("dies", "told", "said", "status"),
+    [("1", False, ENGINE, 1), ("1", True, ENGINE, 0), ("2", False, WORKER, 1)],
+    ids=["one die", "one die, while it finishes its requests", "two dies"],
 )
 def test_an_engine_that_is_killed_takes_its_server_along(
-    smollm2: Path, tmp_path: Path, dies: str, said: str
+    smollm2: Path, tmp_path: Path, dies: str, told: bool, said: str, status: int
 ) -> None:
     selftest.write_model(tmp_path)
     tokenizer = str(extract_metadata(smollm2, metadata_cache()))
@@ -33,6 +35,8 @@ def test_an_engine_that_is_killed_takes_its_server_along(
     with servers.serving(tmp_path, tmp_path, *flags) as server:
         answer = server.stream([1, 2, 3], 100)
         next(answer)
+        if told:
+            server.process.send_signal(signal.SIGTERM)
         # The engine, or the last of its workers.
         family = psutil.Process(server.process.pid).children(recursive=True)
         os.kill(max(process.pid for process in family), signal.SIGKILL)
@@ -40,6 +44,6 @@ def test_an_engine_that_is_killed_takes_its_server_along(
         *_, last, done = answer
         assert done == "[DONE]"
         assert "EngineCore" in json.loads(last)["error"]["message"]
-        assert server.process.wait(30) == 1, server.log.read_text()
+        assert server.process.wait(30) == status, server.log.read_text()
         assert time.monotonic() - began < 20
         assert said in server.log.read_text()

@@ -689,6 +689,14 @@ def test_a_server_refuses_what_does_not_fit_in_one_line(
     assert "--tensor-parallel-size=2" in serve.server_arguments(str(tmp_path), flags)
 
 
+@pytest.mark.parametrize(
+    "flags", [["--api-server-count=2"], ["--api_server_count", "2"], ["-asc", "2"]]
+)
+def test_more_servers_than_one_are_refused(tmp_path: Path, flags: list[str]) -> None:
+    with pytest.raises(UserError, match="--api-server-count: one server is all"):
+        serve.server_arguments(str(tmp_path), flags)
+
+
 @pytest.mark.parametrize("flags", [["--api-key", "k"], ["--api_key=k"]])
 def test_a_key_on_the_command_line_is_refused(tmp_path: Path, flags: list[str]) -> None:
     write(tmp_path, LLAMA_7B)

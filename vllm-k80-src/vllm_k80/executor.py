@@ -13,6 +13,8 @@ class K80Executor(MultiprocExecutor):
     one: for ``VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS``, 300.
     """
 
+    uses_ray: bool = False  # upstream asks it of every class that is no name
+
     def start_worker_monitor(self) -> None:
         for worker in self.workers:
             _end_with(self.shutdown_event, worker.worker_response_mq)

@@ -13,6 +13,8 @@ from vllm.logger import init_logger
 
 logger = init_logger("vllm.k80.lifetime")
 
+_LAST_WORDS = 10  # seconds for errors to be sent when the engine has died
+
 _engine_died = False
 
 
@@ -30,13 +32,16 @@ def _end_with_engine(server: Any, engine: Any) -> None:
     from vllm import envs
 
     global _engine_died
-    if envs.VLLM_KEEP_ALIVE_ON_ENGINE_DEATH or not engine.errored or server.should_exit:
+    if envs.VLLM_KEEP_ALIVE_ON_ENGINE_DEATH or not engine.errored:
         return
     # Upstream means to, but in a thread that has no event loop: who waits for answers is not told.
     if waiting := engine.engine_core.resources.output_queue_task:
         waiting.cancel()
-    logger.error("The engine has died. This server ends with it.")
-    _engine_died = server.should_exit = True
+    # Answers there are none any more; nobody who does not read waits for one.
+    server.config.timeout_graceful_shutdown = _LAST_WORDS
+    if not server.should_exit:
+        logger.error("The engine has died. This server ends with it.")
+        _engine_died = server.should_exit = True
 
 
 def install() -> None:

@@ -144,6 +144,13 @@ def server_arguments(model: str, rest: list[str]) -> list[str]:
             "--api-key: every user of this host could read it there, and not all paths would want "
             "it. Set VLLM_API_KEY instead."
         )
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--api-server-count", "-asc", default="1")
+    if parser.parse_known_args(rest)[0].api_server_count != "1":
+        raise UserError(
+            "--api-server-count: one server is all that a die needs, and what guards its engine is "
+            "in one only. Leave it out."
+        )
     _check_model(model, rest)
     _check_fit(model, rest)
     arguments = ["serve", model, *rest]

@@ -5,6 +5,8 @@ device is replaced as well; scheduling, batching, sampling and the model are ups
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -148,14 +150,24 @@ class K80ModelRunner(GPUModelRunner):
 
 
 class _Worker(Worker):
-    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        """One step. Of several dies, one that fails ends its process.
+    """`Worker` that, of several dies, ends its process when it fails.
 
-        The others wait for it in a sum that never comes, and of errors upstream hears the first
-        die's alone.
-        """
-        try:
+    The others wait for it in a sum that never comes, and of errors upstream hears the first die's
+    alone.
+    """
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        with self.ending():
             return super().execute_model(scheduler_output)
+
+    def compile_or_warm_up_model(self) -> None:
+        with self.ending():
+            super().compile_or_warm_up_model()
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        try:
+            yield
         except Exception:
             if self.parallel_config.world_size == 1:
                 raise
@@ -170,7 +182,8 @@ class K80Worker(_Worker):
     """
 
     def determine_available_memory(self) -> int:
-        return kv_cache_bytes(self, super().determine_available_memory())
+        with self.ending():
+            return kv_cache_bytes(self, super().determine_available_memory())
 
     def init_device(self) -> None:
         super().init_device()
@@ -225,7 +238,8 @@ class ReferenceWorker(_Worker):
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache: what a die would have, within what the host may spend."""
-        return min(kv_cache_bytes(self), cpu_kv_cache_limit())
+        with self.ending():
+            return min(kv_cache_bytes(self), cpu_kv_cache_limit())
 
     def compile_or_warm_up_model(self) -> None:
         set_random_seed(self.model_config.seed)

@@ -5,6 +5,7 @@ several times, and each time the whole header is parsed: over a minute for a voc
 49,152. Written out once as `config.json` and `tokenizer.json`, they load in a blink.
 """
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -29,7 +30,7 @@ SUPPORTED_TYPES = (
 INSTEAD = "Q4_K_M, Q6_K or Q8_0"
 
 # In the key of the extracted files: raise when what is written changes.
-_FORMAT = 6
+_FORMAT = 7
 
 
 @contextlib.contextmanager
@@ -230,6 +231,7 @@ def extract_metadata(path: Path, cache: Path) -> Path:
             cache,
             error.strerror,
         )
+        atexit.register(shutil.rmtree, extracted, ignore_errors=True)
         return extracted
     shutil.rmtree(extracted, ignore_errors=True)
     return target
@@ -287,10 +289,12 @@ def _keep(extracted: Path, target: Path) -> None:
                 copy.write(file.read_bytes())
                 copy.flush()
                 os.fsync(copy.fileno())
-        shutil.rmtree(target, ignore_errors=True)  # what is there is not whole
+        if _is_whole(target):  # another process was faster
+            return
+        shutil.rmtree(target, ignore_errors=True)
         try:
             os.rename(staging, target)
-        except OSError:  # another process was faster
+        except OSError:  # as above
             if not _is_whole(target):
                 raise
     finally:
