@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vllm_k80 import selftest
+from vllm_k80.errors import UserError
 
 pytestmark = pytest.mark.engine
 
@@ -24,6 +25,12 @@ def test_expected_tokens_are_hugging_faces(tmp_path: Path) -> None:
             assert best.values[0] - best.values[1] > 1e-2  # far from a near tie
             ids.append(int(best.indices[0]))
         assert tuple(ids[len(prompt) :]) == expected
+
+
+def test_where_a_die_is_meant_the_cpu_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_K80_REQUIRE_GPU", "1")
+    with pytest.raises(UserError, match="CUDA finds no device here"):
+        selftest.run()
 
 
 @pytest.mark.parametrize("broken", [False, True])

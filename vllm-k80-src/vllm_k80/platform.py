@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 
 from vllm_k80 import architectures, device
+from vllm_k80.errors import UserError
 from vllm_k80.quantization import methods
 
 if TYPE_CHECKING:
@@ -183,6 +184,20 @@ class K80Platform(Platform):
         if HAS_GPU:
             # To ask for a device, as above, initializes the driver, and a fork inherits it broken.
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+
+
+def check_gpu() -> None:
+    """Refuse to compute on the CPU where a die is what was meant.
+
+    Raises:
+        UserError: ``VLLM_K80_REQUIRE_GPU`` is 1, and CUDA finds no device.
+    """
+    if os.environ.get("VLLM_K80_REQUIRE_GPU") == "1" and not HAS_GPU:
+        raise UserError(
+            "CUDA finds no device here, and VLLM_K80_REQUIRE_GPU=1 forbids to compute on the CPU "
+            "instead. See that `nvidia-smi` lists the die and that /dev/nvidia-uvm is there "
+            "(`nvidia-modprobe -u -c=0` makes it), then start again."
+        )
 
 
 def check_architecture(config: Any) -> None:

@@ -105,8 +105,15 @@ def generate(directory: Path) -> tuple[tuple[int, ...], ...]:
 
 
 def run() -> int:
-    """Print the verdict in one line; returns the exit status."""
+    """Print the verdict in one line; returns the exit status.
+
+    Raises:
+        UserError: it is to run on a GPU, and there is none.
+    """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_k80.platform import check_gpu
+
+    check_gpu()
     log = io.StringIO()
     with tempfile.TemporaryDirectory(prefix="vllm-k80-selftest-") as name:
         directory = Path(name)

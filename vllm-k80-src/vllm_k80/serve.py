@@ -224,14 +224,9 @@ def run(model: str, rest: list[str]) -> int:
     """
     arguments = server_arguments(model, rest)
     # The platform refuses these too, but deep inside the engine.
-    from vllm_k80.platform import HAS_GPU, K80Platform
+    from vllm_k80.platform import HAS_GPU, K80Platform, check_gpu
 
-    if os.environ.get("VLLM_K80_REQUIRE_GPU") == "1" and not HAS_GPU:
-        raise UserError(
-            "CUDA finds no device here, and VLLM_K80_REQUIRE_GPU=1 forbids to compute on the CPU "
-            "instead. See that `nvidia-smi` lists the die and that /dev/nvidia-uvm is there "
-            "(`nvidia-modprobe -u -c=0` makes it), then start again."
-        )
+    check_gpu()
     try:
         K80Platform.pre_register_and_update()
     except ValueError as error:
