@@ -226,6 +226,11 @@ def host(tmp_path: Path) -> dict[str, str]:
             case $1 in
                 exec) . "$HOST/probe" ;;
                 ps) cat "$HOST/containers" 2> /dev/null || true ;;
+                container)
+                    shift 4
+                    printf '%s\\n' "$@" | grep -v ghost
+                    ! echo "$@" | grep -q ghost
+                    ;;
                 rm) rm "$HOST/containers"; echo "$*" >> "$HOST/log" ;;
                 kill) echo "$*" >> "$HOST/log" ;;
             esac
@@ -301,6 +306,16 @@ def test_what_holds_a_die_is_removed(host: dict[str, str]) -> None:
     (Path(host["HOST"]) / "containers").write_text("aa\nbb\n")
     status, told = call(host, "clear-dies", "vllm-k80-die0")
     assert (status, told) == (0, "rm --force aa bb\n")
+
+
+def test_a_dead_container_that_docker_does_not_know_holds_none(host: dict[str, str]) -> None:
+    """Docker 20.10 was seen to list one for ever after it had been killed."""
+    containers = Path(host["HOST"]) / "containers"
+    containers.write_text("ghost\n")
+    assert call(host, "clear-dies", "vllm-k80-die0", "GPU-aa") == (0, "")
+    containers.write_text("ghost\naa\n")
+    status, told = call(host, "clear-dies", "vllm-k80-die0")
+    assert (status, told) == (0, "rm --force aa\n")
 
 
 @pytest.mark.parametrize(
