@@ -164,6 +164,11 @@ class Host:
         )
 
     @property
+    def address(self) -> str:
+        """The one that its default route goes by, or an empty one."""
+        return self.facts.get("default_ipv4", {}).get("address", "")
+
+    @property
     def gets_driver(self) -> bool:
         """Whether the role nvidia_driver installs one here."""
         return self.get("nvidia_driver_source", str) not in ("", "none")
@@ -607,9 +612,7 @@ def apt_is_given_one_key_for_the_toolkit(host: Host) -> Iterator[str]:
 
 @check("k80_servers")
 def it_has_an_address_to_listen_on(host: Host) -> Iterator[str]:
-    if not host.facts.get("default_ipv4", {}).get("address") and not host.get(
-        "vllm_instance_bind_address", str
-    ):
+    if not host.address and not host.get("vllm_instance_bind_address", str):
         yield (
             "it has no default route, which tells the address that instances listen on; set"
             " vllm_instance_bind_address to the one by which the gateways reach it."
@@ -618,9 +621,8 @@ def it_has_an_address_to_listen_on(host: Host) -> Iterator[str]:
 
 @check("k80_gateways")
 def it_has_an_address_to_ask_from(host: Host) -> Iterator[str]:
-    known = host.facts.get("default_ipv4", {}).get("address")
     servers = [name for name in host.inventory.get("k80_servers", []) if name != host.name]
-    if servers and not known and "vllm_instance_gateway_addresses" not in host.defined:
+    if servers and not host.address and "vllm_instance_gateway_addresses" not in host.defined:
         yield (
             "it has no default route, which tells the address that the servers' firewalls let in;"
             " set vllm_instance_gateway_addresses to those from which the gateways ask."
