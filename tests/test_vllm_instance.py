@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +14,7 @@ from typing import Any
 import jinja2
 import pytest
 from ansible.errors import AnsibleFilterError
+from scenario import play
 
 ROLE = Path(__file__).parent.parent / "roles" / "vllm_instance"
 DIES = [
@@ -348,3 +351,103 @@ def test_an_instance_that_never_serves_waits_longer_each_time(host: dict[str, st
     # It is proven, and ends much later.
     assert call(host, "back-off", "vllm-k80-die0") == (0, "")
     assert [waits(start=start) for start in range(3, 6)] == longer[1:4]
+
+
+# --- Instances that fail, with a made-up k80-instance ------------------------
+
+# Tells the states of each instance, by `apply --if-stopped` and by `apply`, and writes what it was
+# asked.
+K80_INSTANCE = """\
+#!{python}
+import json, sys
+states, asked = {states!r}, {asked!r}
+name, if_stopped = sys.argv[2], "--if-stopped" in sys.argv
+with open(asked, "a") as file:
+    file.write(name + (" if stopped" if if_stopped else "") + "\\n")
+state = states[name][0 if if_stopped else 1]
+print(json.dumps([{{"name": name, "state": state, "detail": "its die is dead."}}]))
+sys.exit(1 if state == "failed" else 0)
+"""
+
+
+@pytest.fixture
+def apply(tmp_path: Path) -> Callable[..., tuple[int, str, list[str]]]:
+    """Has the role put these instances to work: exit code, what Ansible said, what was asked."""
+
+    def run(states: dict[str, tuple[str, str]], stop: bool) -> tuple[int, str, list[str]]:
+        program, asked = tmp_path / "k80-instance", tmp_path / "asked"
+        program.write_text(
+            K80_INSTANCE.format(python=sys.executable, states=states, asked=str(asked))
+        )
+        program.chmod(0o755)
+        tasks: list[dict[str, Any]] = [
+            {"ansible.builtin.include_vars": str(ROLE / path)}
+            for path in ("defaults/main.yml", "vars/main.yml")
+        ]
+        tasks += [
+            {"ansible.builtin.set_fact": {"vllm_instance_failed": []}},
+            {
+                "ansible.builtin.include_tasks": str(ROLE / "tasks/apply.yml"),
+                "loop": [{"name": name} for name in states],
+                "loop_control": {"loop_var": "__vllm_instance"},
+            },
+            {"ansible.builtin.debug": {"msg": "failed: {{ vllm_instance_failed | join(',') }}"}},
+        ]
+        playbook = tmp_path / "play.yml"
+        playbook.write_text(
+            json.dumps([{"hosts": "localhost", "gather_facts": False, "tasks": tasks}])
+        )
+        code, said = play(
+            playbook,
+            "--connection=local",
+            inventory="localhost,",
+            vllm_instance_stop_at_failure=stop,
+            __vllm_instance_program=str(program),
+            ansible_python_interpreter=sys.executable,
+        )
+        assert asked.is_file(), said
+        return code, said, asked.read_text().splitlines()
+
+    return run
+
+
+@pytest.mark.slow
+def test_an_instance_that_does_not_start_keeps_no_other_from_it(apply: Any) -> None:
+    states = {
+        "die0": ("failed", ""),
+        "die1": ("changed", ""),
+        "die2": ("waiting", "changed"),
+        "die3": ("failed", ""),
+    }
+    code, said, asked = apply(states, stop=False)
+    assert code == 0, said
+    assert asked == [
+        "die0 if stopped",
+        "die1 if stopped",
+        "die2 if stopped",
+        "die2",
+        "die3 if stopped",
+    ]
+    assert "instance die0: its die is dead." in said
+    assert "failed: die0,die3" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_change_that_fails_on_one_that_serves_is_tried_on_no_other(
+    apply: Any, stop: bool
+) -> None:
+    states = {"die0": ("waiting", "failed"), "die1": ("waiting", "changed")}
+    code, said, asked = apply(states, stop)
+    assert code == 2, said
+    assert asked == ["die0 if stopped", "die0"]
+    assert "instance die0: its die is dead." in said
+
+
+@pytest.mark.slow
+def test_an_update_ends_with_the_first_that_does_not_start(apply: Any) -> None:
+    states = {"die0": ("failed", ""), "die1": ("changed", "")}
+    code, said, asked = apply(states, stop=True)
+    assert code == 2, said
+    assert asked == ["die0 if stopped"]
+    assert "instance die0: its die is dead." in said
