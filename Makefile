@@ -42,11 +42,11 @@ demo-clean: venv ## Remove the demo's server, its built image and its keys
 # Two at a time, in this order: half of what a scenario does is waiting for downloads and for one core.
 MAIN_SCENARIOS := default
 HOST_SCENARIOS := driver driver-matrix toolkit
-MORE_SCENARIOS := air-gapped fleet fleet-short
+MORE_SCENARIOS := operations air-gapped fleet fleet-short
 
 .PHONY: test
-test: venv ## Checks, tests and the main scenario (needs Docker; 40 to 60 minutes); HOSTS='NAME …' adds scenarios
-	@$(MAKE) --jobs=2 test-molecule test-apart $(HOSTS:%=scenario-%)
+test: venv ## Lints, all tests, and a server from bare to a chat and through faults (needs Docker; 40 minutes)
+	@$(MAKE) --jobs=2 test-molecule test-apart
 
 .PHONY: test-molecule
 test-molecule: $(MAIN_SCENARIOS:%=scenario-%) ## The main scenario, on an emulated server
@@ -56,7 +56,7 @@ test-hosts: venv ## The driver, other distributions and the CUDA toolkit, on emu
 	@$(MAKE) --jobs=2 $(HOST_SCENARIOS:%=scenario-%)
 
 .PHONY: test-all
-test-all: test test-hosts ## Both, a fleet, and a server without a way out
+test-all: test test-hosts ## Both, updates and the doctor, a fleet, and a server without a way out
 	@$(MAKE) --jobs=2 $(MORE_SCENARIOS:%=scenario-%)
 
 # One scenario alone, such as scenario-driver.

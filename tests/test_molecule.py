@@ -22,6 +22,8 @@ SCENARIOS = [
     )
     for name in names.split()
 ]
+# KEEP=default leaves that scenario's server, if all went well.
+KEEP = {name: ["--destroy=never"] for name in os.environ.get("KEEP", "").split()}
 # What says why a scenario failed: Ansible's lines, pytest's, molecule's own.
 REASON = re.compile(r"fatal: |failed: |FAILED |ERROR |E   |CRITICAL ")
 
@@ -37,7 +39,7 @@ def test_scenario(scenario: str) -> None:
     """Each line appears at once, after the scenario's name; the reasons of a failure at the end."""
     reasons = []
     with subprocess.Popen(
-        [BIN / "molecule", "test", "--scenario-name", scenario],
+        [BIN / "molecule", "test", "--scenario-name", scenario, *KEEP.get(scenario, [])],
         cwd=ROOT,
         env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "FORCE_COLOR": "0"},
         stdout=subprocess.PIPE,

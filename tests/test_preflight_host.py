@@ -619,6 +619,17 @@ def test_repositories_that_do_not_answer(server: Path, judge: Judge, mirror: str
     assert judge(server, **variables, __preflight_serving_paths=paths) == ([], told)
 
 
+def test_the_disc_of_the_installer_is_no_source(server: Path, judge: Judge) -> None:
+    disc = "[Debian GNU/Linux 12.8.0 _Bookworm_ - Official amd64 DVD Binary-1]"
+    write(server / "etc/apt/sources.list", f"deb cdrom:{disc}/ bookworm contrib main\n")
+    findings, _ = judge(server, **TRY)
+    [finding] = findings
+    assert finding.startswith(
+        f"cdrom://{disc}/dists/bookworm cannot be had from it (it is a disc, and nobody is there to"
+        " insert it); correct"
+    )
+
+
 def test_apt_is_tried_through_its_proxy(
     server: Path, judge: Judge, mirror: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

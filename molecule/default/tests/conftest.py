@@ -34,6 +34,10 @@ pytest_runtest_makereport = reporting(
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "operations: for scenario operations, not for default")
+
+
 # Of each process that was given dies: its namespace of process ids, which is its container's, and
 # their UUIDs.
 OWNERS = """

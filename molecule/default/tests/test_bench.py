@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from conftest import SERVER, Server
 from scenario import play
+
+pytestmark = pytest.mark.operations
 
 # As little as there can be: how fast a CPU is, is not what is tested. The dies are sampled every
 # two seconds, so that it must take more than these.

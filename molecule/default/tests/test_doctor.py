@@ -14,6 +14,8 @@ import pytest
 from conftest import Server
 from scenario import play
 
+pytestmark = pytest.mark.operations
+
 DIES = ("0000:05:00.0", "0000:06:00.0")
 STATE = "/etc/k80-emulator"
 PCI = "/sys/bus/pci/devices"

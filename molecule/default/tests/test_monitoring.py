@@ -16,6 +16,8 @@ import yaml
 from conftest import Server
 from scenario import ROOT
 
+pytestmark = pytest.mark.operations
+
 ROLE = ROOT / "roles/monitoring"
 RULES = [
     rule

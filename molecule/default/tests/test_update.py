@@ -7,8 +7,11 @@ import time
 from collections.abc import Callable
 
 import openai
+import pytest
 from conftest import Server, asked_all_the_time
 from scenario import play
+
+pytestmark = pytest.mark.operations
 
 UPDATE = "playbooks/update.yml"
 # The demo's arguments, and what is changed.

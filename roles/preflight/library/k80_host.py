@@ -625,6 +625,12 @@ def look_at_repositories(root, apt_repositories, urls, seconds):
         for url in [*apt_sources(root, seconds), *apt_repositories]
     }
     jobs.update({url: (try_url, url, seconds) for url in urls})
+    # The installer may leave its disc among the sources, and then apt-get update fails.
+    discs = [
+        {"url": url, "error": "it is a disc, and nobody is there to insert it"}
+        for url in jobs
+        if url.startswith("cdrom:")
+    ]
     # What lies on the host itself is the business of who reads it.
     jobs = {url: job for url, job in jobs.items() if url.startswith(("http:", "https:"))}
     threads = [
@@ -632,7 +638,7 @@ def look_at_repositories(root, apt_repositories, urls, seconds):
     ]
     wait_for(threads, seconds)
     silence = "no answer within %d s" % seconds
-    return [{"url": url, "error": tries.get(url, silence)} for url in jobs]
+    return discs + [{"url": url, "error": tries.get(url, silence)} for url in jobs]
 
 
 def space_of(path):
