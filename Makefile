@@ -51,6 +51,9 @@ test: venv ## Lints, all tests, and a server from bare to a chat and through fau
 .PHONY: test-molecule
 test-molecule: $(MAIN_SCENARIOS:%=scenario-%) ## The main scenario, on an emulated server
 
+.PHONY: test-operations
+test-operations: scenario-operations ## What an operator does with it: updates, benchmarks, the doctor, monitoring
+
 .PHONY: test-hosts
 test-hosts: venv ## The driver, other distributions and the CUDA toolkit, on emulated servers (20 minutes)
 	@$(MAKE) --jobs=2 $(HOST_SCENARIOS:%=scenario-%)
