@@ -84,6 +84,10 @@ def compose(server: Server) -> Iterator[Compose]:
     finally:
         server.host.run(f"cd {SOURCES}/docker && docker-compose down; rm -rf {SOURCES}")
         server.run(f"systemctl start --no-block {units}")
+        deadline = time.monotonic() + 600
+        while '"ready_instances":2' not in compose.curl("http://127.0.0.1:8080/health")[1]:
+            assert time.monotonic() < deadline, "the instances have not come back"
+            time.sleep(1)
 
 
 def test_both_answer_with_their_key_only(compose: Compose) -> None:
