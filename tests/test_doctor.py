@@ -381,6 +381,18 @@ def xid(*codes: int) -> Fault:
     return answer("journalctl", "\n".join(["Linux version 6.1", *lines]))
 
 
+def inforom(number: int) -> Fault:
+    """All rows, and what the driver adds to them."""
+
+    def corrupt(server: Server) -> None:
+        rows = [", ".join(die[field] for field in server.fields) for die in server.smi]
+        bus_id = f"0000{DIES[number].upper()}"
+        rows.append(f"WARNING: infoROM is corrupted at gpu {bus_id}")
+        server.answer("nvidia-smi", "\n".join(rows) + "\n", 14)
+
+    return corrupt
+
+
 def both(*faults: Fault) -> Fault:
     return lambda server: [fault(server) for fault in faults]
 
@@ -466,6 +478,7 @@ FAULTS: dict[str, tuple[Fault, dict[str, str], list[str]]] = {
         ALL,  # the other is not listed either, by this stub: see the test below
     ),
     "die not listed": (lambda s: s.smi.pop(), {"die-listed": "fail"}, SECOND),
+    "InfoROM corrupted": (inforom(1), {"inforom": "warn"}, SECOND),
     "board exchanged": (smi(1, uuid="GPU-other"), {"die-identity": "fail"}, SECOND),
     "double-bit errors": (
         both(smi(0, ecc__errors__uncorrected__volatile__total="2"), xid(31)),

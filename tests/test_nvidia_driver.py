@@ -139,7 +139,10 @@ arguments = sys.argv[1:]
 if arguments[0].startswith("--query-gpu="):
     for die in dies:
         print(", ".join(die[field] for field in arguments[0].split("=")[1].split(",")))
-    sys.exit()
+    corrupted = [die for die in dies if die["uuid"] == "GPU-corrupted"]
+    for die in corrupted:
+        print("WARNING: infoROM is corrupted at gpu", die["pci.bus_id"])
+    sys.exit(14 if corrupted else 0)
 die = next(die for die in dies if die["uuid"] == arguments[1])
 flag, value = arguments[2:]
 if flag == "-ac":
@@ -234,6 +237,12 @@ def test_other_gpus_are_left_alone(dies: Dies) -> None:
     dies.have(DIE, DIE | {"uuid": "GPU-other", "pci.device_id": "0x1DB610DE"})
     assert dies.settings(application_clocks="2505,875") == (0, "")
     assert dies["clocks.applications.graphics"] == ["875", "562"]
+
+
+def test_a_corrupted_inforom_is_no_error(dies: Dies) -> None:
+    dies.have(DIE, DIE | {"uuid": "GPU-corrupted"})
+    assert dies.settings(application_clocks="2505,875") == (0, "")
+    assert dies["clocks.applications.graphics"] == ["875", "875"]
 
 
 def test_a_value_that_does_not_stick_is_an_error(dies: Dies) -> None:
