@@ -69,6 +69,7 @@ class Judge:
         apt_repositories, urls = self.plugin.role_repositories(host)
         given = {
             "root": str(root),
+            "disabled_dies": host.disabled_dies,
             "space": host.serving_paths(),
             "repositories": host.is_true("preflight_try_repositories"),
             "apt_repositories": apt_repositories,

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from jinja2 import Template
+
+ROOT = Path(__file__).resolve().parent.parent
+RULES = "etc/udev/rules.d/40-k80-disabled-dies.rules"
 GPU = {"vendor": "0x10de", "device": "0x102d", "class": "0x030200", "local_cpulist": "0-9"}
 SWITCH = {"vendor": "0x10b5", "device": "0x8747", "class": "0x060400"}
 ROOT_PORT = {"vendor": "0x8086", "device": "0x2f04", "class": "0x060400"}
@@ -62,6 +66,13 @@ def add_board(root: Path, port: str, bus: int, numa_node: int) -> None:
         die = GPU | FULL_LINK | {"numa_node": str(numa_node)}
         die["resource"] = resource((0x3800 + bus + index) << 32)
         add_device(root, f"{downstream}/0000:{bus + 2 + index:02x}:00.0", die)
+
+
+def rules_against(*dies: str) -> str:
+    """What the role nvidia_driver writes for dies that are left out."""
+    template = ROOT / "roles/nvidia_driver/templates/k80-disabled-dies.rules.j2"
+    variables = {"__nvidia_driver_disabled": dies, "__nvidia_driver_disabled_rules": f"/{RULES}"}
+    return Template(template.read_text(), trim_blocks=True).render(variables)
 
 
 def add_kernel(root: Path, version: str, headers: bool = True) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from made_up_host import add_server, bind
+from made_up_host import RULES, add_server, bind, rules_against
+from made_up_run import failures_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ROOT / "roles/nvidia_driver/files/nvidia-settings"
@@ -257,3 +259,70 @@ def test_a_server_without_the_driver_is_told_so(dies: Dies, tmp_path: Path) -> N
     (tmp_path / "bin/nvidia-smi").unlink()
     code, said = dies.settings(application_clocks="2505,875")
     assert (code, said) == (1, "nvidia-settings: nvidia-smi is not there: install the driver.\n")
+
+
+# --- Dies that are broken ----------------------------------------------------
+
+
+def test_the_rule_takes_that_die_off_the_bus_and_nothing_else() -> None:
+    """A rule of udev's, written so that a copy in an initial RAM disk does nothing."""
+    lines = rules_against("0000:06:00.0", "0000:8a:00.0").replace("\\\n", "").splitlines()
+    rules = [re.split(r", +", line) for line in lines if not line.startswith("#")]
+    assert rules == [
+        [
+            'ACTION=="add"',
+            'SUBSYSTEM=="pci"',
+            f'KERNEL=="{die}"',
+            'ATTR{vendor}=="0x10de"',
+            'ATTR{device}=="0x102d"',
+            f'TEST=="/{RULES}"',
+            'TEST!="/etc/initrd-release"',
+            'ATTR{remove}="1"',
+        ]
+        for die in ("0000:06:00.0", "0000:8a:00.0")
+    ]
+
+
+LOST = (
+    "Unable to determine the device handle for GPU {}: GPU is lost.  Reboot the system to recover"
+    " this GPU"
+)
+REMEDY = (
+    "Power the server off and on; if that does not bring it back, reseat the board or exchange it,"
+    ' or leave the die out: add "0000:06:00.0" to nvidia_driver_disabled_dies and run this again.'
+    " `journalctl -k -g NVRM` on the server says more; docs/hardware.md says what to do."
+)
+NO_REMEDY = "`journalctl -k -g NVRM` on the server says more; docs/drivers.md says what to do."
+FIRST_ROW, SECOND_ROW = (f"00000000:0{bus}:00.0, 470.256.02, Enabled, Enabled" for bus in (5, 6))
+# What nvidia-smi prints, how it ends, and what the proof makes of it.
+PROOFS = {
+    "lost": (LOST.format("0000:06:00.0"), 15, [], REMEDY),
+    "lost-too": (LOST.format("00000000:06:00.0"), 15, [], REMEDY),
+    "unlisted": (FIRST_ROW, 0, [], f"PCI tree. {REMEDY}"),
+    "none": ("No devices were found", 6, [], f"says: No devices were found. {NO_REMEDY}"),
+    "stayed": (
+        f"{FIRST_ROW}\n{SECOND_ROW}",
+        0,
+        ["0000:06:00.0"],
+        f"lists die 0000:06:00.0, which /{RULES} is to take off the bus at every boot. {NO_REMEDY}",
+    ),
+}
+
+
+@pytest.mark.slow
+def test_a_proof_that_fails_for_one_die_names_it_and_the_remedy(tmp_path: Path) -> None:
+    hosts = {}
+    for name, (said, code, disabled, _) in PROOFS.items():
+        left = [bus for bus in (5, 6) if f"0000:0{bus}:00.0" not in disabled]
+        hosts[name] = {
+            "programs": {"nvidia-smi": (said, code)},
+            "preflight_dies": [{"pci_address": f"0000:0{bus}:00.0"} for bus in left],
+            "nvidia_driver_disabled_dies": disabled,
+            "nvidia_driver_version": "470.256.02",
+            "nvidia_driver_installed": {"persistence": False},
+        }
+    failed = failures_of("nvidia_driver", "prove", hosts, tmp_path)
+    assert failed.keys() == PROOFS.keys(), failed
+    for name, (_, _, _, told) in PROOFS.items():
+        assert failed[name].endswith(told), failed[name]
+    assert "nvidia-smi on lost says: Unable to determine the device handle" in failed["lost"]

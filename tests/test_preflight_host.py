@@ -20,6 +20,7 @@ from judge import Judge
 from made_up_host import (
     FULL_LINK,
     GPU,
+    RULES,
     SWITCH,
     add_board,
     add_device,
@@ -28,6 +29,7 @@ from made_up_host import (
     add_server,
     bind,
     resource,
+    rules_against,
     write,
 )
 
@@ -219,6 +221,100 @@ def test_other_gpus_are_left_alone(server: Path, judge: Judge) -> None:
         "besides its K80s it has NVIDIA GPUs, which serve nothing here and run only if driver 470"
         " knows them: 0000:09:00.0 (10de:1db4); take them out if another driver is wanted for them."
     ]
+
+
+# --- Dies that are left out --------------------------------------------------
+
+
+def test_a_die_that_is_left_out_counts_nowhere(
+    server: Path, judge: Judge, k80_host: ModuleType
+) -> None:
+    """With all that would speak against it, if it were looked at."""
+    attribute(server, PATHS[1], "resource").write_text(resource(0))
+    attribute(server, PATHS[1], "current_link_width").write_text("4\n")
+    bind(server, DIES[1], "nouveau")
+    findings, warnings = judge(server)
+    assert (len(findings), len(warnings)) == (1, 2)
+    memory = {"memtotal_mb": 1024 + 3072}
+    for address in (DIES[1], DIES[1].upper()):
+        left_out = {"nvidia_driver_disabled_dies": [address]}
+        assert judge(server, facts=memory, **left_out) == ([], []), "one instance, not two"
+    assert [die["pci_address"] for die in k80_host.find_dies(str(server), [DIES[1]])] == [DIES[0]]
+    assert k80_host.look_at_pci(str(server), [DIES[1]])["others"] == []
+
+
+def test_a_die_that_is_left_out_may_be_off_the_bus_already(server: Path, judge: Judge) -> None:
+    (server / "sys/bus/pci/devices" / DIES[1]).unlink()
+    write(server / RULES, rules_against(DIES[1]))
+    assert judge(server, nvidia_driver_disabled_dies=[DIES[1]]) == ([], [])
+
+
+@pytest.mark.parametrize("address", ["06:00.0", "00000000:06:00.0", "GPU-4f0a", "", 360.0])
+def test_what_is_no_address_is_refused(server: Path, judge: Judge, address: object) -> None:
+    assert judge(server, nvidia_driver_disabled_dies=[address]) == (
+        [
+            f"nvidia_driver_disabled_dies has {str(address).lower()!r}, which is no PCI address;"
+            ' write it as lspci -D shows it, and in quotes: "0000:06:00.0".'
+        ],
+        [],
+    )
+
+
+def test_nothing_else_is_taken_off_the_bus(server: Path, judge: Judge) -> None:
+    """The board's switch would take both dies with it."""
+    assert judge(server, nvidia_driver_disabled_dies=["0000:03:00.0"]) == (
+        [
+            "nvidia_driver_disabled_dies has 0000:03:00.0, which is a device of another kind than a"
+            " K80's die; correct the address."
+        ],
+        [],
+    )
+
+
+def test_an_instance_of_a_die_that_is_left_out(server: Path, judge: Judge) -> None:
+    instances = [{"name": "a", "dies": [DIES[0]]}, {"name": "b", "dies": [DIES[1].upper()]}]
+    assert judge(
+        server, nvidia_driver_disabled_dies=[DIES[1]], vllm_instance_instances=instances
+    ) == (
+        [
+            "instance 'b' wants die 0000:06:00.0, which nvidia_driver_disabled_dies leaves out;"
+            " take it out of one of the two."
+        ],
+        [],
+    )
+
+
+@pytest.mark.parametrize("gone", [[], DIES])
+def test_a_server_of_which_no_die_is_left(server: Path, judge: Judge, gone: list[str]) -> None:
+    for die in gone:
+        (server / "sys/bus/pci/devices" / die).unlink()
+    assert judge(server, nvidia_driver_disabled_dies=DIES) == (
+        [
+            "it has no die besides those in nvidia_driver_disabled_dies (0000:05:00.0,"
+            " 0000:06:00.0); take one out of the list, or the host out of k80_servers."
+        ],
+        [],
+    )
+
+
+def test_a_die_that_is_wanted_again_comes_back_with_a_boot(server: Path, judge: Judge) -> None:
+    (server / "sys/bus/pci/devices" / DIES[1]).unlink()
+    write(server / RULES, rules_against(DIES[1]))
+    warning = (
+        "die 0000:06:00.0 is no longer in nvidia_driver_disabled_dies, but has been taken off the"
+        " bus by it; it is back after the boot that follows this run, so run site.yml once more"
+        " then."
+    )
+    assert judge(server) == ([], [warning])
+    # A run that this instance stops would never get as far as to let it back.
+    assert judge(server, vllm_instance_instances=[{"name": "a", "dies": [DIES[1]]}]) == (
+        [
+            "instance 'a' wants die 0000:06:00.0, which an earlier run has taken off the bus"
+            " (nvidia_driver_disabled_dies); remove /etc/udev/rules.d/40-k80-disabled-dies.rules"
+            " from the server, reboot it, and run this again."
+        ],
+        [warning],
+    )
 
 
 # --- Kernels and drivers ----------------------------------------------------
@@ -700,7 +796,8 @@ def test_only_what_roles_will_use_is_tried(
 def test_a_probe_that_hangs_or_breaks_is_told(server: Path, judge: Judge) -> None:
     host = judge.host()
     host.seen = judge.module.look_at_host(
-        {"root": str(server), "timeout": 5, "now": 0.0, "space": [], "repositories": False},
+        {"root": str(server), "timeout": 5, "now": 0.0, "space": [], "repositories": False}
+        | {"disabled_dies": []},
         time.time(),
     )
     del host.seen["clock"]

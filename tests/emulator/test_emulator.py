@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from made_up_host import rules_against
 
 ROOTFS = Path(__file__).resolve().parents[2] / "files" / "emulator" / "rootfs"
 LIBRARY = ROOTFS / "usr" / "lib" / "k80-emulator"
@@ -521,6 +522,30 @@ def test_a_die_hangs_below_its_boards_switch(plug_in: ModuleType) -> None:
     assert first[1].path == second[1].path
     assert (first[1].vendor, first[1].device) == (0x10B5, 0x8747)
     assert (first[3].vendor, first[3].device, first[3].pci_class) == (0x10DE, 0x102D, 0x030200)
+
+
+def test_the_rules_that_take_dies_off_the_bus_are_heeded(
+    plug_in: ModuleType, tmp_path: Path
+) -> None:
+    """Those that the role nvidia_driver writes, and no others."""
+    assert plug_in.ruled_off(tmp_path) == []
+    (tmp_path / "40-k80.rules").write_text(rules_against("0000:06:00.0", "0000:8a:00.0"))
+    (tmp_path / "50-other.rules").write_text(
+        '# ACTION=="add", KERNEL=="0000:01:00.0", ATTR{remove}="1"\n'
+        'ACTION=="add", SUBSYSTEM=="pci", KERNEL=="0000:02:00.0", ATTR{power/control}="auto"\n'
+    )
+    assert plug_in.ruled_off(tmp_path) == ["0000:06:00.0", "0000:8a:00.0"]
+
+
+def test_a_die_that_is_off_the_bus_is_not_there_for_anybody(emulator: Emulator) -> None:
+    removed = emulator.settings / "removed"
+    removed.mkdir(parents=True)
+    (removed / "0000:05:00.0").write_text("1\n")
+    assert emulator.smi("-L") == (0, [f"GPU 0: Tesla K80 (UUID: {UUIDS[1]})"])
+    assert {device["name"] for device in generate(emulator)["devices"]} == {"0", UUIDS[1], "all"}
+    (removed / "0000:05:00.0").unlink()
+    (emulator.settings / "ruled-off").write_text("0000:06:00.0\n")
+    assert emulator.smi("-L") == (0, [f"GPU 0: Tesla K80 (UUID: {UUIDS[0]})"])
 
 
 def test_sysfs_files_and_configuration_space_agree(plug_in: ModuleType, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ In this order: each test leaves the server as the next one finds it.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -77,6 +78,43 @@ def test_a_module_of_another_version_wants_a_reboot(host: Host) -> None:
     # Whoever boots finds the dies set up.
     assert host.service("k80-nvidia-settings").is_running
     assert host.file("/dev/nvidia-uvm").exists
+
+
+def test_a_die_that_is_left_out_is_gone_after_a_boot(host: Host) -> None:
+    """The driver has it, and holds on to it until then."""
+    die = "0000:06:00.0"
+    host.check_output(f"touch /etc/k80-emulator/dies/{die}/lost")
+    code, said = play()
+    assert code != 0
+    assert "nvidia-smi on k80-driver says: Unable to determine the device handle for GPU" in said
+    assert f'add "{die}" to nvidia_driver_disabled_dies and run this again' in said
+
+    code, said = play(nvidia_driver_disabled_dies=[die])
+    assert code != 0
+    assert f"has to be rebooted: a driver has {die} of nvidia_driver_disabled_dies" in said
+    assert host.file(f"/sys/bus/pci/devices/{die}").exists
+
+    code, said = play(nvidia_driver_disabled_dies=[die], nvidia_driver_reboot=True)
+    assert code == 0, said
+    assert not host.file(f"/sys/bus/pci/devices/{die}").exists
+    assert len(host.check_output("nvidia-smi -L").splitlines()) == 1
+    code, said = play(nvidia_driver_disabled_dies=[die])
+    assert code == 0, said
+    assert "changed=0" in said
+
+    # It was exchanged, and is wanted again.
+    host.check_output(f"rm /etc/k80-emulator/dies/{die}/lost")
+    code, said = play()
+    assert code == 0, said
+    assert f"die {die} is no longer in nvidia_driver_disabled_dies" in said
+    scenario.reboot("k80-driver")
+    deadline = time.monotonic() + 60
+    while host.run("systemctl is-system-running --wait").rc != 0:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    code, said = play()
+    assert code == 0, said
+    assert len(host.check_output("nvidia-smi -L").splitlines()) == 2
 
 
 VARIABLES = "/sys/firmware/efi/efivars"
@@ -238,5 +276,7 @@ def test_removal_leaves_nothing(host: Host) -> None:
     assert not [name for name in versions(host) if "nvidia" in name]
     assert host.check_output("find /lib/modules -path '*/updates/*' -name 'nvidia*'") == ""
     assert host.check_output("apt-mark showhold") == ""
-    left = host.run("ls -d /etc/*/k80* /etc/apt/*/*k80* /etc/systemd/system/k80-nvidia*").stdout
+    left = host.run(
+        "ls -d /etc/*/k80* /etc/apt/*/*k80* /etc/systemd/system/k80-nvidia* /etc/udev/*/*k80*"
+    ).stdout
     assert left.split() in ([], ["/etc/apt/sources.list.d/k80-components.sources"])

@@ -6,7 +6,11 @@ may (there is no driver behind the node), "Operation not permitted" that it may 
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
+import scenario
 from conftest import SERVER, Container, Server, converge
 
 PACKAGES = [
@@ -128,6 +132,59 @@ def test_after_a_boot_the_specification_is_fresh_and_before_docker(
     assert {"195:0", "195:1", "195:255"} <= set(server.run("ls /dev/char").split())
 
 
+def test_a_die_that_is_lost_takes_no_other_with_it(server: Server, container: Container) -> None:
+    """nvidia-ctk describes all dies or none, and a boot has taken away what it wrote."""
+    first, before = server.uuids[0], server.specification()
+    lost = "/etc/k80-emulator/dies/0000:06:00.0/lost"
+    server.run(f"touch {lost} && rm -r /run/cdi /dev/char")
+    try:
+        server.run("systemctl restart k80-nvidia-cdi.service")
+        assert server.specification() == before
+        said = server.run("journalctl --unit k80-nvidia-cdi --output cat --lines 5")
+        assert "nvidia-ctk fails, so that the specification of 20" in said
+        container.start(first)
+        for _ in range(2):
+            assert container.opens("nvidia0") == MAY
+            server.run("systemctl daemon-reload")
+    finally:
+        server.run(f"rm {lost} && systemctl restart k80-nvidia-cdi.service")
+
+
+def test_a_die_that_is_left_out_is_off_the_bus(server: Server, tmp_path: Path) -> None:
+    """At once, where no driver has it; and after every boot."""
+    include = {"name": "nvidia_driver", "tasks_from": "disabled"}
+    tasks = [{"ansible.builtin.include_role": include}]
+    playbook = tmp_path / "play.yml"
+    playbook.write_text(json.dumps([{"hosts": "all", "gather_facts": False, "tasks": tasks}]))
+    die = "0000:06:00.0"
+    there, driver = f"/sys/bus/pci/devices/{die}", f"/etc/k80-emulator/dies/{die}/driver"
+    boot = "systemctl restart k80-emulator"
+
+    # A driver has it, which is asked for nothing.
+    assert scenario.play(playbook, nvidia_driver_disabled_dies=[die])[0] == 0
+    assert server.host.file(there).exists
+
+    server.run(f": > {driver} && rm /etc/udev/rules.d/40-k80-disabled-dies.rules && {boot}")
+    try:
+        status, output = scenario.play(playbook, nvidia_driver_disabled_dies=[die])
+        assert status == 0, output
+        server.wait_for(f"! [ -e {there} ] && [ $(nvidia-smi -L | wc -l) = 1 ]")
+    finally:
+        server.run(f"rm -f {driver} /run/k80-emulator/removed/* && {boot}")
+    assert not server.host.file(there).exists, "the rule takes it off"
+    assert len(server.uuids) == 1
+
+    # Nothing misses it.
+    status, output = converge(nvidia_driver_disabled_dies=[die])
+    assert status == 0, output
+    assert "path: /dev/nvidia1" not in server.specification()
+
+    server.run("rm /etc/udev/rules.d/40-k80-disabled-dies.rules")
+    server.run(f"{boot} && systemctl restart k80-nvidia-cdi.service")
+    assert server.host.file(there).exists
+    assert len(server.uuids) == 2
+
+
 def test_another_version_takes_all_four_packages_and_nothing_else(
     server: Server, container: Container
 ) -> None:
@@ -173,6 +230,7 @@ def test_removal(server: Server, container: Container) -> None:
     assert server.run("apt-mark showhold") == ""
     left = server.host.run(
         "ls -d /run/cdi/nvidia.yaml /etc/nvidia-container-runtime"
+        " /var/lib/k80-nvidia-cdi /usr/local/lib/vllm-k80/nvidia-cdi"
         " /etc/systemd/system/k80-nvidia-cdi*"
         " /etc/systemd/system/multi-user.target.wants/k80-nvidia-cdi*"
         " /etc/apt/sources.list.d/nvidia* /etc/apt/keyrings/nvidia*"

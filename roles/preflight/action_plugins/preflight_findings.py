@@ -149,6 +149,11 @@ class Host:
         return self.seen.get("dies", [])
 
     @property
+    def disabled_dies(self) -> list[str]:
+        """PCI addresses that are to be left out, as the kernel writes them."""
+        return self._addresses(self.get("nvidia_driver_disabled_dies", list))
+
+    @property
     def space(self) -> dict[str, dict[str, Any]]:
         """Free space by path; of no path where the host could not say."""
         return {entry["path"]: entry for entry in self.seen.get("space", [])}
@@ -311,11 +316,50 @@ def systemd_runs(host: Host) -> Iterator[str]:
 
 @check("k80_servers")
 def has_dies(host: Host) -> Iterator[str]:
-    if not host.dies and "dies" in host.seen:
+    if not host.dies and "dies" in host.seen and host.disabled_dies:
+        yield (
+            "it has no die besides those in nvidia_driver_disabled_dies"
+            f" ({', '.join(host.disabled_dies)}); take one out of the list, or the host out of"
+            " k80_servers."
+        )
+    elif not host.dies and "dies" in host.seen:
         devices = Path(host["preflight_root"]) / "sys/bus/pci/devices"
         yield (
             f"there is no Tesla K80 in its PCI tree ({devices}, 10de:102d); check that the card is"
             " seated and powered, or take the host out of k80_servers."
+        )
+
+
+@check("k80_servers")
+def disabled_dies_are_dies(host: Host) -> Iterator[str]:
+    for address in host.disabled_dies:
+        # Without quotes YAML reads 0000:06:00.0 as the number 360.0.
+        if not re.fullmatch(r"[0-9a-f]{4}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]", address):
+            yield (
+                f"nvidia_driver_disabled_dies has {address!r}, which is no PCI address; write it as"
+                ' lspci -D shows it, and in quotes: "0000:06:00.0".'
+            )
+        elif address in host.saw("pci", "no_dies", []):
+            yield (
+                f"nvidia_driver_disabled_dies has {address}, which is a device of another kind than"
+                " a K80's die; correct the address."
+            )
+
+
+def came_off(host: Host) -> list[str]:
+    """Dies that an earlier run has taken off the bus, and that are wanted again."""
+    here = [die["pci_address"] for die in host.dies]
+    taken_off = host.saw("pci", "taken_off", [])
+    return [die for die in taken_off if die not in here and die not in host.disabled_dies]
+
+
+@check("k80_servers")
+def dies_come_back_with_a_boot(host: Host) -> Iterator[str]:
+    for die in came_off(host):
+        yield Warn(
+            f"die {die} is no longer in nvidia_driver_disabled_dies, but has been taken off the bus"
+            " by it; it is back after the boot that follows this run, so run site.yml once more"
+            " then."
         )
 
 
@@ -799,7 +843,19 @@ def instances_have_dies_of_their_own(host: Host) -> Iterator[str]:
         for die in instance["dies"]:
             owners[die].append(f"'{instance['name']}'")
     for die, names in owners.items():
-        if die not in here:
+        if die in host.disabled_dies:
+            yield (
+                f"instance {names[0]} wants die {die}, which nvidia_driver_disabled_dies leaves"
+                " out; take it out of one of the two."
+            )
+        elif die in came_off(host):
+            yield (
+                f"instance {names[0]} wants die {die}, which an earlier run has taken off the bus"
+                " (nvidia_driver_disabled_dies); remove"
+                " /etc/udev/rules.d/40-k80-disabled-dies.rules from the server, reboot it, and run"
+                " this again."
+            )
+        elif die not in here:
             yield (
                 f"instance {names[0]} wants die {die}, which this server does not have (its dies:"
                 f" {', '.join(here) or 'none'}); correct vllm_instance_instances."
@@ -1233,6 +1289,7 @@ class ActionModule(ActionBase):
         apt_repositories, urls = role_repositories(host)
         arguments = {
             "root": host["preflight_root"],
+            "disabled_dies": host.disabled_dies,
             "space": [*wanted, *host.serving_paths()],
             "repositories": host.is_true("preflight_try_repositories"),
             "apt_repositories": apt_repositories,

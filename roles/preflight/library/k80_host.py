@@ -15,6 +15,11 @@ options:
     description: Where the host's root is mounted.
     type: path
     default: /
+  disabled_dies:
+    description: PCI addresses of dies that are not looked at, as if they were not there.
+    type: list
+    elements: str
+    default: []
   space:
     description: Absolute paths whose free space is asked for. They need not exist yet.
     type: list
@@ -106,6 +111,12 @@ pci:
     others:
       description: Other GPUs of NVIDIA, as C(pci_address) and C(id).
       type: list
+    no_dies:
+      description: Addresses in C(disabled_dies) at which there is a device of another kind.
+      type: list
+    taken_off:
+      description: Addresses of the dies that an earlier run has taken off the bus at every boot.
+      type: list
 kernels:
   description:
     - The installed kernels, as C(version), C(headers), C(headers_available) and C(realtime).
@@ -184,6 +195,8 @@ DIE = (NVIDIA, "0x102d")
 SWITCH = ("0x10b5", "0x8747")
 CLASS_3D_CONTROLLER = "0x0302"
 CLASS_VGA_CONTROLLER = "0x0300"
+# What the role nvidia_driver writes for dies that are left out.
+DISABLED_RULES = "etc/udev/rules.d/40-k80-disabled-dies.rules"
 
 CAP_SYS_TIME = 25
 STA_UNSYNC = 0x40
@@ -255,11 +268,15 @@ def pci_devices(root):
     return [os.path.join(devices, address) for address in addresses]
 
 
-def die_paths(root):
+def is_a_die(device):
+    return is_a(device, DIE) and read(device, "class").startswith(CLASS_3D_CONTROLLER)
+
+
+def die_paths(root, disabled=()):
     return [
         path
         for path in pci_devices(root)
-        if is_a(path, DIE) and read(path, "class").startswith(CLASS_3D_CONTROLLER)
+        if is_a_die(path) and os.path.basename(path) not in disabled
     ]
 
 
@@ -294,7 +311,7 @@ def numa_node_of(die, with_memory):
     return -1 if with_memory and node not in with_memory else node
 
 
-def find_dies(root):
+def find_dies(root, disabled=()):
     with_memory = numbers(read(root, "sys/devices/system/node/has_memory"))
     return [
         {
@@ -303,7 +320,7 @@ def find_dies(root):
             "numa_node": numa_node_of(path, with_memory),
             "local_cpulist": read(path, "local_cpulist"),
         }
-        for path in die_paths(root)
+        for path in die_paths(root, disabled)
     ]
 
 
@@ -360,8 +377,8 @@ def bridges_above(die):
         path = os.path.dirname(path)
 
 
-def look_at_pci(root):
-    dies = die_paths(root)
+def look_at_pci(root, disabled=()):
+    dies = die_paths(root, disabled)
     boards = sorted(
         {os.path.realpath(board_path(die)) for die in dies} - {*map(os.path.realpath, dies)}
     )
@@ -381,10 +398,16 @@ def look_at_pci(root):
                 "id": read(path, "vendor")[2:] + ":" + read(path, "device")[2:],
             }
             for path in pci_devices(root)
-            if path not in dies
+            if not is_a_die(path)
             and read(path, "vendor") == NVIDIA
             and read(path, "class").startswith((CLASS_3D_CONTROLLER, CLASS_VGA_CONTROLLER))
         ],
+        "no_dies": [
+            os.path.basename(path)
+            for path in pci_devices(root)
+            if os.path.basename(path) in disabled and not is_a_die(path)
+        ],
+        "taken_off": re.findall(r'^[^#\n]*KERNEL=="([^"]+)"', read(root, DISABLED_RULES), re.M),
     }
 
 
@@ -458,13 +481,13 @@ def secure_boot(root):
     return None
 
 
-def look_at_system(root):
+def look_at_system(root, disabled=()):
     return {
         "realtime": read(root, "sys/kernel/realtime") == "1",
         "secure_boot": secure_boot(root),
         "nouveau": [
             os.path.basename(die)
-            for die in die_paths(root)
+            for die in die_paths(root, disabled)
             if os.path.basename(os.path.realpath(os.path.join(die, "driver"))) == "nouveau"
         ],
         "nvidia": read(root, "sys/module/nvidia/version"),
@@ -693,12 +716,12 @@ def run_probes(probes, seconds):
 
 def look_at_host(given, started):
     """What the module returns, by its parameters."""
-    root, seconds = given["root"], given["timeout"]
+    root, seconds, disabled = given["root"], given["timeout"], given["disabled_dies"]
     probes = {
-        "dies": (find_dies, root),
-        "pci": (look_at_pci, root),
+        "dies": (find_dies, root, disabled),
+        "pci": (look_at_pci, root, disabled),
         "kernels": (look_at_kernels, root, seconds),
-        "system": (look_at_system, root),
+        "system": (look_at_system, root, disabled),
         "packages": (look_at_packages, root, seconds),
         "docker": (look_at_docker, root, seconds),
         "toolkit_sources": (look_at_toolkit_sources, root),
@@ -718,6 +741,7 @@ def main():
     module = AnsibleModule(
         argument_spec={
             "root": {"type": "path", "default": "/"},
+            "disabled_dies": {"type": "list", "elements": "str", "default": []},
             "space": {"type": "list", "elements": "path", "default": []},
             "repositories": {"type": "bool", "default": True},
             "apt_repositories": {"type": "list", "elements": "str", "default": []},

@@ -6,11 +6,16 @@
     uuid            what nvidia-smi and the container runtime call the die
     parent          path below /sys/devices of the bridge it hangs on
     lost            present: the die has fallen off the bus
+    driver          the driver that has the die, instead of nvidia; empty: none has it
     <query field>   any field of `nvidia-smi --query-gpu`: `echo 95 > temperature.gpu`
 
 A fault is injected by changing these files; a die is removed by removing its directory. What
 nvidia-smi has set, which a boot forgets, is in `/run/k80-emulator/dies/0000:05:00.0/`; a file above
 outranks it: the card that does not do what it is told.
+
+Until the next boot a die is off the bus, as if it were not in the server, that a rule of udev's has
+removed at boot (`/run/k80-emulator/ruled-off`) or somebody since
+(`/run/k80-emulator/removed/0000:05:00.0`).
 """
 
 from __future__ import annotations
@@ -63,6 +68,13 @@ class Die:
         return (self.directory / "lost").exists()
 
 
+def off_the_bus() -> set[str]:
+    ruled = RUN / "ruled-off"
+    removed = {path.name for path in (RUN / "removed").glob("*")}
+    return removed | {*(ruled.read_text().split() if ruled.exists() else [])}
+
+
 def dies() -> list[Die]:
-    """Every die of the server, in the order of the bus, which is also nvidia-smi's."""
-    return [Die(path.name, path) for path in sorted((STATE / "dies").glob("*")) if path.is_dir()]
+    """Every die on the bus, in its order, which is also nvidia-smi's."""
+    found = [Die(path.name, path) for path in sorted((STATE / "dies").glob("*")) if path.is_dir()]
+    return [die for die in found if die.pci_address not in off_the_bus()]

@@ -1,0 +1,62 @@
+"""Tasks of a role on hosts that are this machine, each with programs of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def failures_of(
+    role: str, tasks_from: str, hosts: dict[str, dict[str, Any]], directory: Path
+) -> dict[str, str]:
+    """What those hosts on which a task fails say, in one line.
+
+    Of a host's variables `programs` has by name what each prints, and how it ends.
+    """
+    for name, variables in hosts.items():
+        programs = directory / name
+        programs.mkdir()
+        for program, (said, code) in variables.pop("programs").items():
+            text = f"#!/bin/sh\ncat <<'END'\n{said}\nEND\nexit {code}\n"
+            (programs / program).write_text(text)
+            (programs / program).chmod(0o755)
+        variables["programs"] = f"{programs}:{os.environ['PATH']}"
+    play = {
+        "hosts": "all",
+        "gather_facts": False,
+        "vars": {"ansible_connection": "local", "ansible_python_interpreter": sys.executable},
+        "environment": {"PATH": "{{ programs }}"},
+        "tasks": [{"ansible.builtin.include_role": {"name": role, "tasks_from": tasks_from}}],
+    }
+    (directory / "hosts.yml").write_text(json.dumps({"all": {"hosts": hosts}}))
+    (directory / "play.yml").write_text(json.dumps([play]))
+    done = subprocess.run(
+        [
+            Path(sys.executable).with_name("ansible-playbook"),
+            *("-i", directory / "hosts.yml", directory / "play.yml"),
+        ],
+        env=os.environ
+        | {
+            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+            "ANSIBLE_ROLES_PATH": str(ROOT / "roles"),
+            "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.startswith("{"), done.stdout + done.stderr
+    # The project's callbacks print times behind the JSON.
+    report, _ = json.JSONDecoder().raw_decode(done.stdout)
+    return {
+        host: " ".join(result["msg"].split())
+        for task in report["plays"][0]["tasks"]
+        for host, result in task["hosts"].items()
+        if result.get("failed")
+    }
