@@ -326,3 +326,18 @@ def test_a_proof_that_fails_for_one_die_names_it_and_the_remedy(tmp_path: Path) 
     for name, (_, _, _, told) in PROOFS.items():
         assert failed[name].endswith(told), failed[name]
     assert "nvidia-smi on lost says: Unable to determine the device handle" in failed["lost"]
+
+
+@pytest.mark.slow
+def test_a_corrupted_inforom_fails_no_proof(tmp_path: Path) -> None:
+    warning = "WARNING: infoROM is corrupted at gpu 00000000:06:00.0"
+    host = {
+        "programs": {"nvidia-smi": (f"{FIRST_ROW}\n{SECOND_ROW}\n{warning}", 14)},
+        "preflight_dies": [{"pci_address": f"0000:0{bus}:00.0"} for bus in (5, 6)],
+        "nvidia_driver_version": "470.256.02",
+        "nvidia_driver_installed": {"persistence": False},
+        "__nvidia_driver_script_dir": str(tmp_path / "none"),
+    }
+    failed = failures_of("nvidia_driver", "prove", {"corrupted": host}, tmp_path)
+    # What comes after the proof: the units that apply settings, of which this machine has none.
+    assert failed == {"corrupted": "One or more items failed"}
