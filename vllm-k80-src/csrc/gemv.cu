@@ -80,7 +80,9 @@ __device__ __forceinline__ unsigned word(const uint4& q, int i) {
   return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w;
 }
 
-// A weight's format: columns in 128 bits, and `part` i of them (four columns) as factors.
+// A weight's format: columns in 128 bits, and `part` i of them (four columns) as factors. For
+// product_of_eight, value i of the four in half a word as a factor, and what scales of value i - 1
+// are multiplied by to become its own.
 struct Int4 {
   static constexpr int kColumns = 32;
   static constexpr bool kScaled = true;
@@ -96,6 +98,8 @@ struct Int4 {
                     : make_float4(bits(v & 0xfu), bits(v & 0xf0u), bits(v & 0xf00u),
                                   bits(v & 0xf000u));
   }
+  static __device__ __forceinline__ float value(unsigned v, int i) { return bits(v & 0xfu << 4 * i); }
+  static __device__ __forceinline__ float next_scale(int) { return 0x1p-4f; }
 };
 
 // Bytes are made unsigned by adding 128, which the offset -128 * scale takes back.
@@ -109,6 +113,11 @@ struct Int8 {
     const unsigned v = word(q, part) ^ 0x80808080u;
     return make_float4(bits(v & 0xffu), bits(v & 0xff00u), bits(v & 0xff0000u), bits(v >> 24));
   }
+  static __device__ __forceinline__ float value(unsigned v, int i) {
+    v ^= 0x80808080u;
+    return bits(i == 3 ? v >> 24 : v & 0xffu << 8 * i);
+  }
+  static __device__ __forceinline__ float next_scale(int i) { return i == 3 ? 0x1p16f : 0x1p-8f; }
 };
 
 struct Half {
@@ -144,18 +153,18 @@ __device__ __forceinline__ float warp_sums<1>(float* v, int, int offset) {
   return sum;
 }
 
-// A warp's results: acc[r * kTokens + t] of all lanes is summed and, with the bias, becomes
-// y[token0 + t, row0 + r].
+// A warp's results: acc[r * kTokens + t] of all lanes is summed, multiplied by `unit` and, with the
+// bias, becomes y[token0 + t, row0 + r * next].
 template <int kRows, int kTokens>
 __device__ __forceinline__ void store(float* acc, int lane, int row0, int token0,
                                       const void* __restrict__ bias, void* __restrict__ y, int rows,
-                                      int tokens, int flags) {
+                                      int tokens, int flags, int next = 1, float unit = 1.f) {
   constexpr int kBatch = kRows * kTokens < 32 ? kRows * kTokens : 32;
 #pragma unroll
   for (int first = 0; first < kRows * kTokens; first += kBatch) {
-    float v = warp_sums<kBatch>(acc + first, lane);
+    float v = unit * warp_sums<kBatch>(acc + first, lane);
     const int i = first + lane / (32 / kBatch);
-    const int n = row0 + i / kTokens, t = token0 + i % kTokens;
+    const int n = row0 + i / kTokens * next, t = token0 + i % kTokens;
     if (lane % (32 / kBatch) || n >= rows || t >= tokens) continue;
     if (bias)
       v += flags & kHalfBias ? number(static_cast<const __half*>(bias) + n)
@@ -173,7 +182,8 @@ __device__ __forceinline__ void store(float* acc, int lane, int row0, int token0
 template <int kRows, int kTokens>
 __device__ __forceinline__ void store_gated(float* acc, int lane, int row0, int token0,
                                             const void* __restrict__ bias, void* __restrict__ y,
-                                            int outputs, int tokens, int flags) {
+                                            int outputs, int tokens, int flags, int next = 1,
+                                            float unit = 1.f) {
   constexpr int kResults = kRows * kTokens / 2;
   constexpr int kBatch = kResults < 32 ? 2 * kResults : 32;
   static_assert(kResults <= 32, "");
@@ -182,8 +192,9 @@ __device__ __forceinline__ void store_gated(float* acc, int lane, int row0, int 
     factor = __shfl_down_sync(kAll, gate, 16);
   else
     factor = warp_sums<32>(acc + kResults, lane);
+  gate *= unit, factor *= unit;
   const int i = lane / (32 / kBatch);
-  const int n = row0 + i / kTokens, t = token0 + i % kTokens;
+  const int n = row0 + i / kTokens * next, t = token0 + i % kTokens;
   if (lane % (32 / kBatch) || i >= kResults || n >= outputs || t >= tokens) return;
   if (bias && flags & kHalfBias) {
     gate += number(static_cast<const __half*>(bias) + n);
@@ -341,57 +352,61 @@ __device__ __forceinline__ void product(const uint4* __restrict__ weight,
     store<kRows, kTokens>(acc, lane, row0, token0, bias, y, rows, tokens, flags);
 }
 
-// Sums of kCount values over each kCount lanes, a power of two. Lane l of them gets in v[0] the sum
-// of value l.
-template <int kCount>
-__device__ __forceinline__ void lane_sums(float* v, int lane) {
-#pragma unroll
-  for (int offset = kCount / 2; offset; offset /= 2) {
-    const bool upper = lane & offset;
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) {
-      if (i >= offset) continue;
-      const float keep = upper ? v[i + offset] : v[i];
-      const float give = upper ? v[i] : v[i + offset];
-      v[i] = keep + __shfl_xor_sync(kAll, give, offset);
-    }
-  }
+// Loads that stay on their side of a barrier. The compiler takes those of the read-only cache across
+// to where their results find no registers.
+__device__ __forceinline__ float plain(const float* p) { return __ldcg(p); }
+__device__ __forceinline__ float plain(const __half* p) {
+  return __half2float(__ushort_as_half(__ldcg(reinterpret_cast<const unsigned short*>(p))));
+}
+template <class T>
+__device__ __forceinline__ const T* advanced(const T* p, unsigned bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(p) + bytes);
 }
 
 // The same for eight rows of x, a step staged at a time. Instructions bound it and not the memory:
-// for 32 columns of eight rows a lane needs 2048 multiplications, 128 to apply scales and offsets
-// and 261 to unpack, and about 480 for all else, which is why x is staged by clamped addresses
-// that only go on from row to row, and its sums by half the shuffles. Weights are asked for before x
-// is staged, so that both waits are one. Products of two rows of the weight take turns: neighbours
-// then differ in two of three registers, and the compiler pairs more of them. Predicted for INT4,
-// 4096 x 4096: 172 microseconds, 2.7 times one row; the FP32 units alone bound it at 79.
+// for 32 columns of eight rows a lane needs 2048 multiplications and 512 instructions to unpack and
+// scale weights, which is done before they are multiplied: sums of a step, that scales and offsets
+// are applied to, would take as many registers as results do, and leave room for two blocks instead
+// of three, with too few warps to hide each other's waits. A float4 of staged x is one value of each
+// of a unit's four words, all of which are at the same bit position: one scale a row serves, which
+// goes on by a power of two from value to value. x itself is staged as it is. Weights are
+// 2^-kScaleDown of what they should be, or their scales, which take out the 2^-149, would overflow:
+// scales may go up to 2^38, and products of less than 2^-66 lose precision.
+//
+// Predicted for INT4, 4096 x 4096, with the read-only cache at 64 / 32 bytes a clock: 136 / 136
+// microseconds, 2.2 times one row. Scales applied to sums, two blocks an SMX 172 / 176; x by way of
+// the read-only cache 139 / 146; a row of x staged by each warp 143 / 142; rows past the end repeated
+// by clamped addresses, and x past it zero, 140 / 141. The FP32 units alone bound it at 88.
 template <class W, class Scale, Offset kOffset, int kRows, bool kGated = false>
 __device__ __forceinline__ void product_of_eight(
     const uint4* __restrict__ weight, const Scale* __restrict__ scale,
     const Scale* __restrict__ offset, const void* __restrict__ x, const void* __restrict__ bias,
     void* __restrict__ y, int rows, int columns, int group_shift, int tokens, int flags) {
   constexpr int kTokens = 8;
-  constexpr int kParts = W::kColumns / 4;
-  constexpr int kStride = 32 + 8 / kParts;      // of a part, in float4: no bank conflicts
-  constexpr int kSumStride = 32 + 32 / kParts;  // of a row of x: likewise
-  constexpr int kStaged = kTokens * kParts * 32 / kThreads;  // rows of x that a thread stages
-  static_assert(kRows % 2 == 0 && kStaged == kParts, "");
-  __shared__ float4 staged[kTokens * kParts * kStride];
-  __shared__ float sums[kTokens * kSumStride];
+  constexpr int kHalves = W::kColumns / 16;  // of a word, four values each
+  constexpr int kHalf = 4 * kTokens * 128 + (kHalves - 1) * 16;  // in floats: no bank conflicts
+  constexpr int kPieces = kHalves * 128;  // of four columns, in a step
+  constexpr int kStaged = kTokens * kPieces / kThreads;  // rows of x that a thread stages
+  constexpr float kScaleDown = 0x1p-60f, kScaleUp = 0x1p89f;
+  __shared__ float4 staged[kHalves * kHalf / 4];
 
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   // The blocks that read the same weights run side by side.
   constexpr int kRun = kGated ? kRows / 2 : kRows;  // neighbours of a warp
-  const int outputs = kGated ? rows / 2 : rows;
-  const int token0 = blockIdx.x * kTokens, row0 = (blockIdx.y * kWarps + warp) * kRun;
+  const int outputs = kGated ? rows / 2 : rows, token0 = blockIdx.x * kTokens;
   const int units = static_cast<unsigned>(columns) / W::kColumns;  // of 128 bits, in a row
   const int groups = ((units - 1) >> group_shift) + 1;
-  const unsigned piece = threadIdx.x % (kParts * 32), part = piece % kParts, owner = piece / kParts;
-  const int staged0 = threadIdx.x / (kParts * 32) * kStaged;
-  const float4 factor = W::factors(part);
-  // Rows past the end repeat the last one and are not stored.
-  const int first_row = min(row0, outputs - 1), first_token = min(token0 + staged0, tokens - 1);
-  const int more_rows = outputs - 1 - first_row, more_tokens = tokens - 1 - first_token;
+  // A warp that rows run out for takes the last kRun, some of them like others do. Where there are
+  // not so many, each warp takes one, kRun times.
+  const int next = outputs >= kRun;
+  const int row0 = next ? min((static_cast<int>(blockIdx.y) * kWarps + warp) * kRun, outputs - kRun)
+                        : min(warp, outputs - 1);
+  const unsigned row_bytes = next * units * 16;
+  const unsigned group_bytes = next * groups * static_cast<unsigned>(sizeof(Scale));
+  const uint4* const first_row = weight + static_cast<size_t>(row0) * units;
+  const int piece = threadIdx.x % kPieces, staged0 = threadIdx.x / kPieces * kStaged;
+  float* const mine = reinterpret_cast<float*>(staged) + piece % kHalves * kHalf + staged0 * 512 +
+                      piece / kHalves;
 
   float acc[kRows * kTokens];
 #pragma unroll
@@ -399,107 +414,107 @@ __device__ __forceinline__ void product_of_eight(
 
 #pragma unroll 1
   for (int base = 0; base < units; base += 32) {
-    float4 v[kStaged];
-    const int k0 = base * W::kColumns + static_cast<int>(piece) * 4;
-    const size_t from = static_cast<size_t>(first_token) * columns + k0;
-    if (k0 >= columns) {
+    const int unit = min(base + lane, units - 1);
+    uint4 q[kRows];
+    const uint4* from = first_row + unit;
 #pragma unroll
-      for (int t = 0; t < kStaged; ++t) v[t] = make_float4(0.f, 0.f, 0.f, 0.f);
-    } else if (flags & kHalfX) {
-      const __half* at = static_cast<const __half*>(x) + from;
+    for (int r = 0; r < kRows; ++r) {
+      if (kGated && r == kRun) from = first_row + static_cast<size_t>(outputs) * units + unit;
+      q[r] = __ldg(from);
+      from = advanced(from, row_bytes);
+    }
+
+    // Past the end of x its last columns are staged, and its last rows: nobody uses the former.
+    float v[kStaged][4];
+    const int token = min(token0 + staged0, tokens - 1), more = tokens - 1 - token;
+    const size_t first = static_cast<size_t>(token) * columns +
+                         min(base * W::kColumns + piece * 4, columns - 4);
+    if (flags & kHalfX) {
+      const __half* at = static_cast<const __half*>(x) + first;
       uint2 h[kStaged];
 #pragma unroll
       for (int t = 0; t < kStaged; ++t) {
-        h[t] = __ldg(reinterpret_cast<const uint2*>(at));
-        if (t < more_tokens) at += columns;
+        h[t] = __ldcg(reinterpret_cast<const uint2*>(at));
+        at = advanced(at, t < more ? columns * 2u : 0u);
       }
 #pragma unroll
       for (int t = 0; t < kStaged; ++t) {
         const float2 a = pair(h[t].x), b = pair(h[t].y);
-        v[t] = make_float4(a.x, a.y, b.x, b.y);
+        put(v[t], make_float4(a.x, a.y, b.x, b.y));
       }
     } else {
-      const float* at = static_cast<const float*>(x) + from;
+      const float* at = static_cast<const float*>(x) + first;
 #pragma unroll
       for (int t = 0; t < kStaged; ++t) {
-        v[t] = __ldg(reinterpret_cast<const float4*>(at));
-        if (t < more_tokens) at += columns;
+        put(v[t], __ldcg(reinterpret_cast<const float4*>(at)));
+        at = advanced(at, t < more ? columns * 4u : 0u);
       }
     }
-    // Lanes past the end repeat the last unit; their x is zero.
-    const int unit = min(base + lane, units - 1);
-    uint4 q[kRows];
-    const uint4* at = weight + static_cast<size_t>(first_row) * units + unit;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (r == kRun) at = weight + static_cast<size_t>(first_row + outputs) * units + unit;
-      q[r] = __ldg(at);
-      if (r % kRun < more_rows) at += units;
-    }
-
     if (base) __syncthreads();
-    float total[kStaged];
 #pragma unroll
     for (int t = 0; t < kStaged; ++t) {
-      total[t] = (v[t].x + v[t].y) + (v[t].z + v[t].w);
-      staged[((staged0 + t) * kParts + part) * kStride + owner] = make_float4(
-          v[t].x * factor.x, v[t].y * factor.y, v[t].z * factor.z, v[t].w * factor.w);
-    }
-    lane_sums<kParts>(total, lane);
-    sums[(staged0 + part) * kSumStride + owner] = total[0];
-    __syncthreads();
-
-    float sum[kRows * kTokens];
 #pragma unroll
-    for (int i = 0; i < kRows * kTokens; ++i) sum[i] = 0.f;
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      float v[kTokens][4];
-#pragma unroll
-      for (int t = 0; t < kTokens; ++t) put(v[t], staged[(t * kParts + i) * kStride + lane]);
-#pragma unroll
-      for (int r = 0; r < kRows; r += 2) {
-        float w[2][4];
-        put(w[0], W::unpack(q[r], i)), put(w[1], W::unpack(q[r + 1], i));
-#pragma unroll
-        for (int j = 0; j < 8 * kTokens; ++j) {
-          const int odd = j % 2, t = j / 2 % kTokens, column = j / 2 / kTokens;
-          float& into = sum[(r + odd) * kTokens + t];
-          into = fmaf(w[odd][column], v[t][column], into);
-        }
-      }
+      for (int i = 0; i < 4; ++i) mine[t * 512 + i * 128] = v[t][i];
     }
 
-    size_t group = static_cast<size_t>(first_row) * groups + (unit >> group_shift);
+    const unsigned group =
+        (row0 * groups + (unit >> group_shift)) * static_cast<unsigned>(sizeof(Scale));
+    const Scale *scale_at = advanced(scale, group), *offset_at = advanced(offset, group);
     float s[kRows], b[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (r == kRun)
-        group = static_cast<size_t>(first_row + outputs) * groups + (unit >> group_shift);
-      s[r] = number(scale + group);
-      b[r] = kOffset == kNone ? -128.f : number(offset + group);
-      if (r % kRun < more_rows) group += groups;
+      if (kGated && r == kRun) {
+        const unsigned factors = outputs * groups * static_cast<unsigned>(sizeof(Scale));
+        scale_at = advanced(scale, group + factors), offset_at = advanced(offset, group + factors);
+      }
+      s[r] = plain(scale_at);
+      b[r] = kOffset == kNone ? -128.f : plain(offset_at);
+      scale_at = advanced(scale_at, group_bytes), offset_at = advanced(offset_at, group_bytes);
     }
+    __syncthreads();
+    if (base + lane >= units) continue;
+
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (kOffset == kNone) b[r] *= s[r];
-      if (kOffset == kZero) b[r] *= -s[r];
-      s[r] *= kUnbias;
+      b[r] *= kOffset == kMinimum ? kScaleDown : kOffset == kZero ? -s[r] * kScaleDown : s[r] * kScaleDown;
+      s[r] *= kScaleUp;
     }
+    // Not unrolled: with all of x before it, the compiler loads more than there are registers for.
+    const float4* part = staged + lane;
+#pragma unroll 1
+    for (int half = 0;; ++half) {
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      const float of_x = sums[t * kSumStride + lane];
+      for (int i = 0; i < 4; ++i) {
+        float v[kTokens][4];
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) put(v[t], part[t * 128 + i * 32]);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          if (i) s[r] *= W::next_scale(i);
+          float* into = acc + r * kTokens;
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const float w = fmaf(W::value(word(q[r], j), i), s[r], b[r]);
+#pragma unroll
+            for (int t = 0; t < kTokens; ++t) into[t] = fmaf(w, v[t][j], into[t]);
+          }
+        }
+      }
+      if (half == kHalves - 1) break;
+      part += kHalf / 4;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        float& a = acc[r * kTokens + t];
-        a = fmaf(b[r], of_x, fmaf(s[r], sum[r * kTokens + t], a));
+        s[r] *= 0x1p12f;
+        q[r].x >>= 16, q[r].y >>= 16, q[r].z >>= 16, q[r].w >>= 16;
       }
     }
   }
   if (kGated)
-    store_gated<kRows, kTokens>(acc, lane, row0, token0, bias, y, outputs, tokens, flags);
+    store_gated<kRows, kTokens>(acc, lane, row0, token0, bias, y, outputs, tokens, flags, next,
+                                1.f / kScaleDown);
   else
-    store<kRows, kTokens>(acc, lane, row0, token0, bias, y, rows, tokens, flags);
+    store<kRows, kTokens>(acc, lane, row0, token0, bias, y, rows, tokens, flags, next,
+                          1.f / kScaleDown);
 }
 
 // 32 bits of a weight a thread: out[i] for its eight INT4 or four INT8 columns. `out` is FP32,
@@ -562,12 +577,12 @@ __device__ __forceinline__ void dequantize(const unsigned* __restrict__ weight,
   GEMV_W4(NAME, SCALE, 1, 5, (gemv::product<gemv::Int4, SCALE, OFFSET, 1, 4, 4, GATED>))           \
   GEMV_W4(NAME, SCALE, 2, 4, (gemv::product<gemv::Int4, SCALE, OFFSET, 2, 4, 2, GATED>))           \
   GEMV_W4(NAME, SCALE, 4, 4, (gemv::product<gemv::Int4, SCALE, OFFSET, 4, 4, 1, GATED>))           \
-  GEMV_W4(NAME, SCALE, 8, 2, (gemv::product_of_eight<gemv::Int4, SCALE, OFFSET, 8, GATED>))
+  GEMV_W4(NAME, SCALE, 8, 3, (gemv::product_of_eight<gemv::Int4, SCALE, OFFSET, 8, GATED>))
 #define GEMV_W8_ALL(NAME, SCALE, GATED)                                                            \
   GEMV_W8(NAME, SCALE, 1, 5, (gemv::product<gemv::Int8, SCALE, gemv::kNone, 1, 4, 8, GATED>))      \
   GEMV_W8(NAME, SCALE, 2, 4, (gemv::product<gemv::Int8, SCALE, gemv::kNone, 2, 4, 4, GATED>))      \
   GEMV_W8(NAME, SCALE, 4, 4, (gemv::product<gemv::Int8, SCALE, gemv::kNone, 4, 4, 2, GATED>))      \
-  GEMV_W8(NAME, SCALE, 8, 2, (gemv::product_of_eight<gemv::Int8, SCALE, gemv::kNone, 8, GATED>))
+  GEMV_W8(NAME, SCALE, 8, 3, (gemv::product_of_eight<gemv::Int8, SCALE, gemv::kNone, 8, GATED>))
 #define GEMV_F16_ALL(NAME, GATED)     \
   GEMV_F16(NAME, 1, 4, 16, 5, GATED)  \
   GEMV_F16(NAME, 2, 4, 8, 4, GATED)   \
