@@ -80,11 +80,9 @@ __device__ __forceinline__ unsigned word(const uint4& q, int i) {
   return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w;
 }
 
-// A weight's format: columns in 128 bits, and `part` i of them (four columns) as factors. For
-// product_of_eight, value i of the four in half a word as a factor, and what scales of value i - 1
-// are multiplied by to become its own.
+// A weight's format: columns in 128 bits, and `part` i of them (four columns) as factors.
 struct Int4 {
-  static constexpr int kColumns = 32;
+  static constexpr int kColumns = 32, kBits = 4;
   static constexpr bool kScaled = true;
   // Odd parts hold nibbles 4 to 7 of a word, of which 6 and 7 were shifted down by 8.
   static __device__ __forceinline__ float4 factors(unsigned part) {
@@ -98,13 +96,11 @@ struct Int4 {
                     : make_float4(bits(v & 0xfu), bits(v & 0xf0u), bits(v & 0xf00u),
                                   bits(v & 0xf000u));
   }
-  static __device__ __forceinline__ float value(unsigned v, int i) { return bits(v & 0xfu << 4 * i); }
-  static __device__ __forceinline__ float next_scale(int) { return 0x1p-4f; }
 };
 
 // Bytes are made unsigned by adding 128, which the offset -128 * scale takes back.
 struct Int8 {
-  static constexpr int kColumns = 16;
+  static constexpr int kColumns = 16, kBits = 8;
   static constexpr bool kScaled = true;
   static __device__ __forceinline__ float4 factors(unsigned) {
     return make_float4(kBias0, kBias8, kBias16, kBias0);
@@ -113,11 +109,6 @@ struct Int8 {
     const unsigned v = word(q, part) ^ 0x80808080u;
     return make_float4(bits(v & 0xffu), bits(v & 0xff00u), bits(v & 0xff0000u), bits(v >> 24));
   }
-  static __device__ __forceinline__ float value(unsigned v, int i) {
-    v ^= 0x80808080u;
-    return bits(i == 3 ? v >> 24 : v & 0xffu << 8 * i);
-  }
-  static __device__ __forceinline__ float next_scale(int i) { return i == 3 ? 0x1p16f : 0x1p-8f; }
 };
 
 struct Half {
@@ -358,6 +349,9 @@ __device__ __forceinline__ float plain(const float* p) { return __ldcg(p); }
 __device__ __forceinline__ float plain(const __half* p) {
   return __half2float(__ushort_as_half(__ldcg(reinterpret_cast<const unsigned short*>(p))));
 }
+__device__ __forceinline__ void flip(uint4& q) {
+  q.x ^= 0x80808080u, q.y ^= 0x80808080u, q.z ^= 0x80808080u, q.w ^= 0x80808080u;
+}
 template <class T>
 __device__ __forceinline__ const T* advanced(const T* p, unsigned bytes) {
   return reinterpret_cast<const T*>(reinterpret_cast<const char*>(p) + bytes);
@@ -383,12 +377,14 @@ __device__ __forceinline__ void product_of_eight(
     const Scale* __restrict__ offset, const void* __restrict__ x, const void* __restrict__ bias,
     void* __restrict__ y, int rows, int columns, int group_shift, int tokens, int flags) {
   constexpr int kTokens = 8;
-  constexpr int kHalves = W::kColumns / 16;  // of a word, four values each
-  constexpr int kHalf = 4 * kTokens * 128 + (kHalves - 1) * 16;  // in floats: no bank conflicts
-  constexpr int kPieces = kHalves * 128;  // of four columns, in a step
+  constexpr int kHalfValues = 16 / W::kBits;  // of half a word
+  constexpr int kPieces = 8 * W::kColumns;    // of four columns, in a step
+  // Of half the words, in floats: no bank conflicts where neighbouring pieces are different halves.
+  constexpr int kHalf = kTokens * kHalfValues * 128 + (kHalfValues == 4 ? 16 : 0);
   constexpr int kStaged = kTokens * kPieces / kThreads;  // rows of x that a thread stages
+  constexpr unsigned kFirst = (1u << W::kBits) - 1;  // of the values of a word
   constexpr float kScaleDown = 0x1p-60f, kScaleUp = 0x1p89f;
-  __shared__ float4 staged[kHalves * kHalf / 4];
+  __shared__ float4 staged[kHalf / 2];
 
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   // The blocks that read the same weights run side by side.
@@ -401,12 +397,13 @@ __device__ __forceinline__ void product_of_eight(
   const int next = outputs >= kRun;
   const int row0 = next ? min((static_cast<int>(blockIdx.y) * kWarps + warp) * kRun, outputs - kRun)
                         : min(warp, outputs - 1);
+  const unsigned jump = outputs - (kRun - 1) * next;  // from a row of the gate to the first factor
   const unsigned row_bytes = next * units * 16;
   const unsigned group_bytes = next * groups * static_cast<unsigned>(sizeof(Scale));
   const uint4* const first_row = weight + static_cast<size_t>(row0) * units;
   const int piece = threadIdx.x % kPieces, staged0 = threadIdx.x / kPieces * kStaged;
-  float* const mine = reinterpret_cast<float*>(staged) + piece % kHalves * kHalf + staged0 * 512 +
-                      piece / kHalves;
+  float* const mine = reinterpret_cast<float*>(staged) + staged0 * kHalfValues * 128 +
+                      (kHalfValues == 4 ? piece % 2 * kHalf + piece / 2 : piece);
 
   float acc[kRows * kTokens];
 #pragma unroll
@@ -419,9 +416,9 @@ __device__ __forceinline__ void product_of_eight(
     const uint4* from = first_row + unit;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (kGated && r == kRun) from = first_row + static_cast<size_t>(outputs) * units + unit;
       q[r] = __ldg(from);
-      from = advanced(from, row_bytes);
+      if (W::kBits == 8) flip(q[r]);
+      from = advanced(from, kGated && r == kRun - 1 ? jump * units * 16u : row_bytes);
     }
 
     // Past the end of x its last columns are staged, and its last rows: nobody uses the former.
@@ -454,7 +451,8 @@ __device__ __forceinline__ void product_of_eight(
 #pragma unroll
     for (int t = 0; t < kStaged; ++t) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) mine[t * 512 + i * 128] = v[t][i];
+      for (int i = 0; i < 4; ++i)
+        mine[i / kHalfValues * kHalf + (t * kHalfValues + i % kHalfValues) * 128] = v[t][i];
     }
 
     const unsigned group =
@@ -463,13 +461,11 @@ __device__ __forceinline__ void product_of_eight(
     float s[kRows], b[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (kGated && r == kRun) {
-        const unsigned factors = outputs * groups * static_cast<unsigned>(sizeof(Scale));
-        scale_at = advanced(scale, group + factors), offset_at = advanced(offset, group + factors);
-      }
+      const unsigned bytes =
+          kGated && r == kRun - 1 ? jump * groups * static_cast<unsigned>(sizeof(Scale)) : group_bytes;
       s[r] = plain(scale_at);
       b[r] = kOffset == kNone ? -128.f : plain(offset_at);
-      scale_at = advanced(scale_at, group_bytes), offset_at = advanced(offset_at, group_bytes);
+      scale_at = advanced(scale_at, bytes), offset_at = advanced(offset_at, bytes);
     }
     __syncthreads();
     if (base + lane >= units) continue;
@@ -484,27 +480,27 @@ __device__ __forceinline__ void product_of_eight(
 #pragma unroll 1
     for (int half = 0;; ++half) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < kHalfValues; ++i) {
         float v[kTokens][4];
 #pragma unroll
-        for (int t = 0; t < kTokens; ++t) put(v[t], part[t * 128 + i * 32]);
+        for (int t = 0; t < kTokens; ++t) put(v[t], part[(t * kHalfValues + i) * 32]);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-          if (i) s[r] *= W::next_scale(i);
+          if (i) s[r] *= 1.f / (1 << W::kBits);
           float* into = acc + r * kTokens;
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            const float w = fmaf(W::value(word(q[r], j), i), s[r], b[r]);
+            const float w = fmaf(bits(word(q[r], j) & kFirst << W::kBits * i), s[r], b[r]);
 #pragma unroll
             for (int t = 0; t < kTokens; ++t) into[t] = fmaf(w, v[t][j], into[t]);
           }
         }
       }
-      if (half == kHalves - 1) break;
+      if (half == 1) break;
       part += kHalf / 4;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        s[r] *= 0x1p12f;
+        s[r] *= static_cast<float>(1 << (16 - W::kBits));
         q[r].x >>= 16, q[r].y >>= 16, q[r].z >>= 16, q[r].w >>= 16;
       }
     }
@@ -577,7 +573,7 @@ __device__ __forceinline__ void dequantize(const unsigned* __restrict__ weight,
   GEMV_W4(NAME, SCALE, 1, 5, (gemv::product<gemv::Int4, SCALE, OFFSET, 1, 4, 4, GATED>))           \
   GEMV_W4(NAME, SCALE, 2, 4, (gemv::product<gemv::Int4, SCALE, OFFSET, 2, 4, 2, GATED>))           \
   GEMV_W4(NAME, SCALE, 4, 4, (gemv::product<gemv::Int4, SCALE, OFFSET, 4, 4, 1, GATED>))           \
-  GEMV_W4(NAME, SCALE, 8, 3, (gemv::product_of_eight<gemv::Int4, SCALE, OFFSET, 8, GATED>))
+  GEMV_W4(NAME, SCALE, 8, (GATED ? 2 : 3), (gemv::product_of_eight<gemv::Int4, SCALE, OFFSET, 8, GATED>))
 #define GEMV_W8_ALL(NAME, SCALE, GATED)                                                            \
   GEMV_W8(NAME, SCALE, 1, 5, (gemv::product<gemv::Int8, SCALE, gemv::kNone, 1, 4, 8, GATED>))      \
   GEMV_W8(NAME, SCALE, 2, 4, (gemv::product<gemv::Int8, SCALE, gemv::kNone, 2, 4, 4, GATED>))      \
