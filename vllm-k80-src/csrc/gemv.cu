@@ -359,18 +359,19 @@ __device__ __forceinline__ const T* advanced(const T* p, unsigned bytes) {
 
 // The same for eight rows of x, a step staged at a time. Instructions bound it and not the memory:
 // for 32 columns of eight rows a lane needs 2048 multiplications and 512 instructions to unpack and
-// scale weights, which is done before they are multiplied: sums of a step, that scales and offsets
-// are applied to, would take as many registers as results do, and leave room for two blocks instead
-// of three, with too few warps to hide each other's waits. A float4 of staged x is one value of each
-// of a unit's four words, all of which are at the same bit position: one scale a row serves, which
-// goes on by a power of two from value to value. x itself is staged as it is. Weights are
-// 2^-kScaleDown of what they should be, or their scales, which take out the 2^-149, would overflow:
+// scale weights, which is done before they are multiplied. Sums of a step, with scales and offsets
+// applied to them, would take as many registers as the results and leave room for two blocks instead
+// of three, too few warps to hide each other's waits. A float4 of staged x is the same value of each
+// of a unit's four words: these are at one bit position, so that one scale a row serves all, and
+// goes on by a power of two from value to value. x itself is staged as it is. Weights are made
+// kScaleDown times what they should be, or their scales, which take out the 2^-149, would overflow:
 // scales may go up to 2^38, and products of less than 2^-66 lose precision.
 //
-// Predicted for INT4, 4096 x 4096, with the read-only cache at 64 / 32 bytes a clock: 136 / 136
-// microseconds, 2.2 times one row. Scales applied to sums, two blocks an SMX 172 / 176; x by way of
-// the read-only cache 139 / 146; a row of x staged by each warp 143 / 142; rows past the end repeated
-// by clamped addresses, and x past it zero, 140 / 141. The FP32 units alone bound it at 88.
+// Predicted for INT4, 4096 x 4096, with the read-only cache at 64 / 32 bytes a clock: 136 / 137
+// microseconds, 2.2 times one row; INT8 161 / 165. INT4 with scales applied to sums and two blocks
+// an SMX 172 / 176; x by way of the read-only cache 139 / 146; a row of x staged by each warp
+// 143 / 142; x past the end zero instead of unused 140 / 141. The FP32 units alone bound it at 90.
+// A gated product has no registers for three blocks.
 template <class W, class Scale, Offset kOffset, int kRows, bool kGated = false>
 __device__ __forceinline__ void product_of_eight(
     const uint4* __restrict__ weight, const Scale* __restrict__ scale,
@@ -578,7 +579,7 @@ __device__ __forceinline__ void dequantize(const unsigned* __restrict__ weight,
   GEMV_W8(NAME, SCALE, 1, 5, (gemv::product<gemv::Int8, SCALE, gemv::kNone, 1, 4, 8, GATED>))      \
   GEMV_W8(NAME, SCALE, 2, 4, (gemv::product<gemv::Int8, SCALE, gemv::kNone, 2, 4, 4, GATED>))      \
   GEMV_W8(NAME, SCALE, 4, 4, (gemv::product<gemv::Int8, SCALE, gemv::kNone, 4, 4, 2, GATED>))      \
-  GEMV_W8(NAME, SCALE, 8, 3, (gemv::product_of_eight<gemv::Int8, SCALE, gemv::kNone, 8, GATED>))
+  GEMV_W8(NAME, SCALE, 8, (GATED ? 2 : 3), (gemv::product_of_eight<gemv::Int8, SCALE, gemv::kNone, 8, GATED>))
 #define GEMV_F16_ALL(NAME, GATED)     \
   GEMV_F16(NAME, 1, 4, 16, 5, GATED)  \
   GEMV_F16(NAME, 2, 4, 8, 4, GATED)   \
