@@ -3,14 +3,16 @@
 //   gemv_w4_{f16,f32,z16,z32}_m{1,2,4,8}   INT4, groups of 32, 64 or 128 columns
 //   gemv_w8_{f16,f32}_m{1,2,4,8}           INT8, groups of 16, 32, 64 or 128 columns, or a row
 //   gemv_f16_m{1,2,4,8}                    FP16
-//   gated_gemv_...                         the same, each, of a weight whose first N/2 rows are
-//                                          a gate's: y[t, n] = silu(p[t, n]) * p[t, N/2 + n], where
-//                                          p is the product and silu(v) = v / (1 + exp(-v))
+//   gated_gemv_...                         the same, INT4 and INT8 but for m8, of a weight whose
+//                                          first N/2 rows are a gate's:
+//                                          y[t, n] = silu(p[t, n]) * p[t, N/2 + n], where p is the
+//                                          product and silu(v) = v / (1 + exp(-v))
 //   dequant_w4_{f16,f32,z16,z32}, dequant_w8_{f16,f32}   rows of a weight as FP32, for cuBLAS
 //
 // m{1,2,4,8} is the most rows of x that a block takes; m8 takes more in tiles of eight. x [T, K]
-// and y [T, N], or [T, N/2] if gated: FP32 or FP16 (flag kHalfX), row-major. bias [N] FP32 or FP16 (kHalfBias) or
-// null. scale and offset: FP16 in kernels ..._f16 and ..._z16, else FP32.
+// and y [T, N], or [T, N/2] if gated: FP32 or FP16 (flag kHalfX), row-major; with kFloatY, which m8
+// of INT4 and INT8 knows, y is FP32 whatever x is. bias [N] FP32 or FP16 (kHalfBias) or null. scale
+// and offset: FP16 in kernels ..._f16 and ..._z16, else FP32.
 //
 // Weight layouts, row-major, rows 16-byte aligned:
 //   INT4  qweight [N, K/2] uint8; byte j of a row holds column 2j in its low and column 2j+1 in
@@ -57,7 +59,7 @@ namespace gemv {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kHalfX = 1, kHalfBias = 2;  // flags
+constexpr int kHalfX = 1, kHalfBias = 2, kFloatY = 4;  // flags
 
 // 2^kBias is what x is multiplied with at bit position 0; 2^kUnbias takes it out again.
 constexpr float kBias0 = 0x1p90f, kBias4 = 0x1p86f, kBias8 = 0x1p82f, kBias12 = 0x1p78f;
@@ -144,18 +146,18 @@ __device__ __forceinline__ float warp_sums<1>(float* v, int, int offset) {
   return sum;
 }
 
-// A warp's results: acc[r * kTokens + t] of all lanes is summed, multiplied by `unit` and, with the
-// bias, becomes y[token0 + t, row0 + r * next].
+// A warp's results: acc[r * kTokens + t] of all lanes is summed and, with the bias, becomes
+// y[token0 + t, row0 + r].
 template <int kRows, int kTokens>
 __device__ __forceinline__ void store(float* acc, int lane, int row0, int token0,
                                       const void* __restrict__ bias, void* __restrict__ y, int rows,
-                                      int tokens, int flags, int next = 1, float unit = 1.f) {
+                                      int tokens, int flags) {
   constexpr int kBatch = kRows * kTokens < 32 ? kRows * kTokens : 32;
 #pragma unroll
   for (int first = 0; first < kRows * kTokens; first += kBatch) {
-    float v = unit * warp_sums<kBatch>(acc + first, lane);
+    float v = warp_sums<kBatch>(acc + first, lane);
     const int i = first + lane / (32 / kBatch);
-    const int n = row0 + i / kTokens * next, t = token0 + i % kTokens;
+    const int n = row0 + i / kTokens, t = token0 + i % kTokens;
     if (lane % (32 / kBatch) || n >= rows || t >= tokens) continue;
     if (bias)
       v += flags & kHalfBias ? number(static_cast<const __half*>(bias) + n)
@@ -173,8 +175,7 @@ __device__ __forceinline__ void store(float* acc, int lane, int row0, int token0
 template <int kRows, int kTokens>
 __device__ __forceinline__ void store_gated(float* acc, int lane, int row0, int token0,
                                             const void* __restrict__ bias, void* __restrict__ y,
-                                            int outputs, int tokens, int flags, int next = 1,
-                                            float unit = 1.f) {
+                                            int outputs, int tokens, int flags) {
   constexpr int kResults = kRows * kTokens / 2;
   constexpr int kBatch = kResults < 32 ? 2 * kResults : 32;
   static_assert(kResults <= 32, "");
@@ -183,9 +184,8 @@ __device__ __forceinline__ void store_gated(float* acc, int lane, int row0, int 
     factor = __shfl_down_sync(kAll, gate, 16);
   else
     factor = warp_sums<32>(acc + kResults, lane);
-  gate *= unit, factor *= unit;
   const int i = lane / (32 / kBatch);
-  const int n = row0 + i / kTokens * next, t = token0 + i % kTokens;
+  const int n = row0 + i / kTokens, t = token0 + i % kTokens;
   if (lane % (32 / kBatch) || i >= kResults || n >= outputs || t >= tokens) return;
   if (bias && flags & kHalfBias) {
     gate += number(static_cast<const __half*>(bias) + n);
@@ -343,8 +343,8 @@ __device__ __forceinline__ void product(const uint4* __restrict__ weight,
     store<kRows, kTokens>(acc, lane, row0, token0, bias, y, rows, tokens, flags);
 }
 
-// Loads that stay on their side of a barrier. The compiler takes those of the read-only cache across
-// to where their results find no registers.
+// Loads that stay on their side of a barrier. The compiler takes those of the read-only cache
+// across to where their results find no registers.
 __device__ __forceinline__ float plain(const float* p) { return __ldcg(p); }
 __device__ __forceinline__ float plain(const __half* p) {
   return __half2float(__ushort_as_half(__ldcg(reinterpret_cast<const unsigned short*>(p))));
@@ -357,51 +357,83 @@ __device__ __forceinline__ const T* advanced(const T* p, unsigned bytes) {
   return reinterpret_cast<const T*>(reinterpret_cast<const char*>(p) + bytes);
 }
 
+// Rows of the weight that a block takes, eight a warp, and SMX of a die.
+constexpr int kTileRows = 64, kSmx = 13;
+constexpr int kMostParts = 16, kMostTokenTiles = 4;
+// Of the tiles that are in parts: each part's results, and how many of a tile's parts are there.
+__device__ float partials[kMostTokenTiles][kSmx][kMostParts][kTileRows * 8];
+__device__ unsigned parts_there[kMostTokenTiles][kSmx];
+
 // The same for eight rows of x, a step staged at a time. Instructions bound it and not the memory:
 // for 32 columns of eight rows a lane needs 2048 multiplications and 512 instructions to unpack and
 // scale weights, which is done before they are multiplied. Sums of a step, with scales and offsets
-// applied to them, would take as many registers as the results and leave room for two blocks instead
-// of three, too few warps to hide each other's waits. A float4 of staged x is the same value of each
-// of a unit's four words: these are at one bit position, so that one scale a row serves all, and
-// goes on by a power of two from value to value. x itself is staged as it is. Weights are made
-// kScaleDown times what they should be, or their scales, which take out the 2^-149, would overflow:
-// scales may go up to 2^38, and products of less than 2^-66 lose precision.
+// applied to them, would take as many registers as the results and leave room for two blocks
+// instead of three, too few warps to hide each other's waits. A float4 of staged x is the same
+// value of each of a unit's four words: these are at one bit position, so that one scale a row
+// serves all, and goes on by a power of two from value to value. x itself is staged as it is.
+// Weights are made kScaleDown times what they should be, or their scales, which take out the
+// 2^-149, would overflow: scales may go up to 2^38, and products of less than 2^-66 lose precision.
 //
-// Predicted for INT4, 4096 x 4096, with the read-only cache at 64 / 32 bytes a clock: 136 / 137
-// microseconds, 2.2 times one row; INT8 161 / 165. INT4 with scales applied to sums and two blocks
-// an SMX 172 / 176; x by way of the read-only cache 139 / 146; a row of x staged by each warp
-// 143 / 142; x past the end zero instead of unused 140 / 141. The FP32 units alone bound it at 90.
-// A gated product has no registers for three blocks.
-template <class W, class Scale, Offset kOffset, int kRows, bool kGated = false>
+// Each SMX has as many whole tiles of rows. Columns of the tiles that are left over, fewer than
+// SMX, are split into parts, by which the grid is larger. The last part of a tile to arrive adds up
+// all, in the order of the columns whichever it is; launches must follow each other, for all use
+// the same memory for it. What a block must know of its part is in shared memory, for registers
+// are the results', to the last one.
+//
+// There is no gated product of eight rows: with no registers for three blocks one was predicted to
+// take 878 microseconds for 2 x 11008 x 4096; the product alone takes 651, and an activation of its
+// own 5.
+//
+// Predicted for INT4 in microseconds, with the read-only cache at 64 / 32 bytes a clock: 133 / 136
+// for 4096 x 4096, 328 / 332 for 11008 x 4096, 346 / 350 for 4096 x 11008, which is 2.1 to 2.2 times
+// what one row takes; INT8 147 / 154.
+// Before there were parts and with a row of the weight kept in registers, 4096 x 4096 took
+// 136 / 137; with scales applied to sums and two blocks an SMX 172 / 176; with x by way of the
+// read-only cache 139 / 146; with a row of x staged by each warp 143 / 142; with x past the end
+// zero instead of unused 140 / 141. The FP32 units alone bound it at 90.
+template <class W, class Scale, Offset kOffset>
 __device__ __forceinline__ void product_of_eight(
     const uint4* __restrict__ weight, const Scale* __restrict__ scale,
     const Scale* __restrict__ offset, const void* __restrict__ x, const void* __restrict__ bias,
     void* __restrict__ y, int rows, int columns, int group_shift, int tokens, int flags) {
-  constexpr int kTokens = 8;
+  constexpr int kTokens = 8, kRows = 8;
   constexpr int kHalfValues = 16 / W::kBits;  // of half a word
   constexpr int kPieces = 8 * W::kColumns;    // of four columns, in a step
   // Of half the words, in floats: no bank conflicts where neighbouring pieces are different halves.
   constexpr int kHalf = kTokens * kHalfValues * 128 + (kHalfValues == 4 ? 16 : 0);
   constexpr int kStaged = kTokens * kPieces / kThreads;  // rows of x that a thread stages
-  constexpr unsigned kFirst = (1u << W::kBits) - 1;  // of the values of a word
+  constexpr unsigned kFirst = (1u << W::kBits) - 1;      // of the values of a word
   constexpr float kScaleDown = 0x1p-60f, kScaleUp = 0x1p89f;
   __shared__ float4 staged[kHalf / 2];
+  // Of the block: its tile, where its part of the columns ends, in units, the tile's parts and
+  // which of them it is; then how many of them were there before.
+  __shared__ volatile int tile, end, parts, part, before;
 
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   // The blocks that read the same weights run side by side.
-  constexpr int kRun = kGated ? kRows / 2 : kRows;  // neighbours of a warp
-  const int outputs = kGated ? rows / 2 : rows, token0 = blockIdx.x * kTokens;
+  const int token0 = blockIdx.x * kTokens;
   const int units = static_cast<unsigned>(columns) / W::kColumns;  // of 128 bits, in a row
   const int groups = ((units - 1) >> group_shift) + 1;
-  // A warp that rows run out for takes the last kRun, some of them like others do. Where there are
-  // not so many, each warp takes one, kRun times.
-  const int next = outputs >= kRun;
-  const int row0 = next ? min((static_cast<int>(blockIdx.y) * kWarps + warp) * kRun, outputs - kRun)
-                        : min(warp, outputs - 1);
-  const unsigned jump = outputs - (kRun - 1) * next;  // from a row of the gate to the first factor
+  const int split = (rows + kTileRows - 1u) / kTileRows % kSmx;
+  const int whole = (rows + kTileRows - 1u) / kTileRows - split;
+  int base = 0;
+  if (static_cast<int>(blockIdx.y) >= whole) {
+    const unsigned i = blockIdx.y - whole, n = (gridDim.y - whole) / split;
+    const unsigned steps = (units + 31u) >> 5;
+    base = steps * (i % n) / n * 32;
+    if (!threadIdx.x) {
+      tile = whole + i / n, parts = n, part = i % n;
+      end = steps * (i % n + 1) / n * 32;
+    }
+  } else if (!threadIdx.x) {
+    tile = blockIdx.y, parts = 1, end = units;
+  }
+  __syncthreads();
+  // A warp that rows run out for takes the last kRows, some of them like others do. Where there are
+  // not so many, each warp takes one, kRows times.
+  const int next = rows >= kRows;
   const unsigned row_bytes = next * units * 16;
   const unsigned group_bytes = next * groups * static_cast<unsigned>(sizeof(Scale));
-  const uint4* const first_row = weight + static_cast<size_t>(row0) * units;
   const int piece = threadIdx.x % kPieces, staged0 = threadIdx.x / kPieces * kStaged;
   float* const mine = reinterpret_cast<float*>(staged) + staged0 * kHalfValues * 128 +
                       (kHalfValues == 4 ? piece % 2 * kHalf + piece / 2 : piece);
@@ -411,7 +443,11 @@ __device__ __forceinline__ void product_of_eight(
   for (int i = 0; i < kRows * kTokens; ++i) acc[i] = 0.f;
 
 #pragma unroll 1
-  for (int base = 0; base < units; base += 32) {
+  for (; base < end; base += 32) {
+    // Anew in each step and at the end, which leaves a register more.
+    const int row0 =
+        next ? min((tile * kWarps + warp) * kRows, rows - kRows) : min(warp, rows - 1);
+    const uint4* const first_row = weight + static_cast<size_t>(row0) * units;
     const int unit = min(base + lane, units - 1);
     uint4 q[kRows];
     const uint4* from = first_row + unit;
@@ -419,7 +455,7 @@ __device__ __forceinline__ void product_of_eight(
     for (int r = 0; r < kRows; ++r) {
       q[r] = __ldg(from);
       if (W::kBits == 8) flip(q[r]);
-      from = advanced(from, kGated && r == kRun - 1 ? jump * units * 16u : row_bytes);
+      from = advanced(from, row_bytes);
     }
 
     // Past the end of x its last columns are staged, and its last rows: nobody uses the former.
@@ -448,43 +484,40 @@ __device__ __forceinline__ void product_of_eight(
         at = advanced(at, t < more ? columns * 4u : 0u);
       }
     }
-    if (base) __syncthreads();
+    __syncthreads();
 #pragma unroll
     for (int t = 0; t < kStaged; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         mine[i / kHalfValues * kHalf + (t * kHalfValues + i % kHalfValues) * 128] = v[t][i];
     }
-
     const unsigned group =
         (row0 * groups + (unit >> group_shift)) * static_cast<unsigned>(sizeof(Scale));
     const Scale *scale_at = advanced(scale, group), *offset_at = advanced(offset, group);
     float s[kRows], b[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const unsigned bytes =
-          kGated && r == kRun - 1 ? jump * groups * static_cast<unsigned>(sizeof(Scale)) : group_bytes;
       s[r] = plain(scale_at);
       b[r] = kOffset == kNone ? -128.f : plain(offset_at);
-      scale_at = advanced(scale_at, bytes), offset_at = advanced(offset_at, bytes);
+      scale_at = advanced(scale_at, group_bytes), offset_at = advanced(offset_at, group_bytes);
     }
     __syncthreads();
     if (base + lane >= units) continue;
 
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      b[r] *= kOffset == kMinimum ? kScaleDown : kOffset == kZero ? -s[r] * kScaleDown : s[r] * kScaleDown;
+      b[r] *= kOffset == kMinimum ? kScaleDown : (kOffset == kZero ? -s[r] : s[r]) * kScaleDown;
       s[r] *= kScaleUp;
     }
-    // Not unrolled: with all of x before it, the compiler loads more than there are registers for.
-    const float4* part = staged + lane;
-#pragma unroll 1
-    for (int half = 0;; ++half) {
+    // Half by half: with all of x before it, the compiler loads more than there are registers for.
+    const float4* part_of_x = staged + lane;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int i = 0; i < kHalfValues; ++i) {
         float v[kTokens][4];
 #pragma unroll
-        for (int t = 0; t < kTokens; ++t) put(v[t], part[(t * kHalfValues + i) * 32]);
+        for (int t = 0; t < kTokens; ++t) put(v[t], part_of_x[(t * kHalfValues + i) * 32]);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           if (i) s[r] *= 1.f / (1 << W::kBits);
@@ -497,8 +530,9 @@ __device__ __forceinline__ void product_of_eight(
           }
         }
       }
+      asm volatile("" ::: "memory");
       if (half == 1) break;
-      part += kHalf / 4;
+      part_of_x += kHalf / 4;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         s[r] *= static_cast<float>(1 << (16 - W::kBits));
@@ -506,12 +540,43 @@ __device__ __forceinline__ void product_of_eight(
       }
     }
   }
-  if (kGated)
-    store_gated<kRows, kTokens>(acc, lane, row0, token0, bias, y, outputs, tokens, flags, next,
-                                1.f / kScaleDown);
-  else
-    store<kRows, kTokens>(acc, lane, row0, token0, bias, y, rows, tokens, flags, next,
-                          1.f / kScaleDown);
+
+  // Lane l gets results l and l + 32 of its warp: the tokens of a row lie side by side.
+  float sum[2] = {warp_sums<32>(acc, lane), warp_sums<32>(acc + 32, lane)};
+  if (parts > 1) {
+    float(*const at)[kTileRows * kTokens] = partials[blockIdx.x][tile % kSmx];
+    const int result = warp * 64 + lane;
+    __stcg(at[part] + result, sum[0]), __stcg(at[part] + result + 32, sum[1]);
+    __threadfence();  // results are there before their arrival is counted
+    __syncthreads();
+    if (!threadIdx.x) {
+      // The last arrival wraps the counter to zero: for the next launch, or replay of a graph.
+      before = atomicInc(&parts_there[blockIdx.x][tile % kSmx], parts - 1);
+      __threadfence();  // the others' results are read after it
+    }
+    __syncthreads();
+    if (before != parts - 1) return;
+    sum[0] = sum[1] = 0.f;
+#pragma unroll 1
+    for (int i = 0; i < parts; ++i)
+      sum[0] += __ldcg(at[i] + result), sum[1] += __ldcg(at[i] + result + 32);
+  }
+  const int row0 =
+      next ? min((tile * kWarps + warp) * kRows, rows - kRows) : min(warp, rows - 1);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int n = row0 + (lane / kTokens + 4 * i) * next, t = token0 + lane % kTokens;
+    if (t >= tokens) continue;
+    float v = sum[i] * (1.f / kScaleDown);
+    if (bias)
+      v += flags & kHalfBias ? number(static_cast<const __half*>(bias) + n)
+                             : number(static_cast<const float*>(bias) + n);
+    const size_t at = static_cast<size_t>(t) * rows + n;
+    if ((flags & (kHalfX | kFloatY)) == kHalfX)
+      static_cast<__half*>(y)[at] = __float2half(v);
+    else
+      static_cast<float*>(y)[at] = v;
+  }
 }
 
 // 32 bits of a weight a thread: out[i] for its eight INT4 or four INT8 columns. `out` is FP32,
@@ -545,7 +610,8 @@ __device__ __forceinline__ void dequantize(const unsigned* __restrict__ weight,
 
 // BLOCKS must fit an SMX, for which only one with GK210's 128 K registers has room. PRODUCT ends
 // with rows of x, rows a warp and steps staged at a time, or for eight rows of x with rows a warp.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 370
+// The bound would go into the PTX as well, where any newer GPU obeys it and spills.
+#if defined(VLLM_K80_PTX) || defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 370
 #define GEMV_FIT(BLOCKS) 1
 #else
 #define GEMV_FIT(BLOCKS) BLOCKS
@@ -570,29 +636,27 @@ __device__ __forceinline__ void dequantize(const unsigned* __restrict__ weight,
     gemv::product<gemv::Half, float, gemv::kNone, TOKENS, ROWS, STEPS, GATED>(                     \
         weight, nullptr, nullptr, x, bias, y, rows, columns, 0, tokens, flags);                    \
   }
-#define GEMV_W4_ALL(NAME, SCALE, OFFSET, GATED)                                                    \
+#define GEMV_W4_FEW(NAME, SCALE, OFFSET, GATED)                                                    \
   GEMV_W4(NAME, SCALE, 1, 5, (gemv::product<gemv::Int4, SCALE, OFFSET, 1, 4, 4, GATED>))           \
   GEMV_W4(NAME, SCALE, 2, 4, (gemv::product<gemv::Int4, SCALE, OFFSET, 2, 4, 2, GATED>))           \
-  GEMV_W4(NAME, SCALE, 4, 4, (gemv::product<gemv::Int4, SCALE, OFFSET, 4, 4, 1, GATED>))           \
-  GEMV_W4(NAME, SCALE, 8, (GATED ? 2 : 3), (gemv::product_of_eight<gemv::Int4, SCALE, OFFSET, 8, GATED>))
-#define GEMV_W8_ALL(NAME, SCALE, GATED)                                                            \
+  GEMV_W4(NAME, SCALE, 4, 4, (gemv::product<gemv::Int4, SCALE, OFFSET, 4, 4, 1, GATED>))
+#define GEMV_W8_FEW(NAME, SCALE, GATED)                                                            \
   GEMV_W8(NAME, SCALE, 1, 5, (gemv::product<gemv::Int8, SCALE, gemv::kNone, 1, 4, 8, GATED>))      \
   GEMV_W8(NAME, SCALE, 2, 4, (gemv::product<gemv::Int8, SCALE, gemv::kNone, 2, 4, 4, GATED>))      \
-  GEMV_W8(NAME, SCALE, 4, 4, (gemv::product<gemv::Int8, SCALE, gemv::kNone, 4, 4, 2, GATED>))      \
-  GEMV_W8(NAME, SCALE, 8, (GATED ? 2 : 3), (gemv::product_of_eight<gemv::Int8, SCALE, gemv::kNone, 8, GATED>))
+  GEMV_W8(NAME, SCALE, 4, 4, (gemv::product<gemv::Int8, SCALE, gemv::kNone, 4, 4, 2, GATED>))
+#define GEMV_W4_ALL(KIND, SCALE, OFFSET)                                                           \
+  GEMV_W4_FEW(gemv_w4_##KIND, SCALE, OFFSET, false)                                                \
+  GEMV_W4_FEW(gated_gemv_w4_##KIND, SCALE, OFFSET, true)                                           \
+  GEMV_W4(gemv_w4_##KIND, SCALE, 8, 3, (gemv::product_of_eight<gemv::Int4, SCALE, OFFSET>))
+#define GEMV_W8_ALL(KIND, SCALE)                                                                   \
+  GEMV_W8_FEW(gemv_w8_##KIND, SCALE, false)                                                        \
+  GEMV_W8_FEW(gated_gemv_w8_##KIND, SCALE, true)                                                   \
+  GEMV_W8(gemv_w8_##KIND, SCALE, 8, 3, (gemv::product_of_eight<gemv::Int8, SCALE, gemv::kNone>))
 #define GEMV_F16_ALL(NAME, GATED)     \
   GEMV_F16(NAME, 1, 4, 16, 5, GATED)  \
   GEMV_F16(NAME, 2, 4, 8, 4, GATED)   \
   GEMV_F16(NAME, 4, 4, 4, 4, GATED)   \
   GEMV_F16(NAME, 8, 4, 4, 3, GATED)
-#define GEMV_ALL(NAME, GATED)                                     \
-  GEMV_W4_ALL(NAME##_w4_f16, __half, gemv::kMinimum, GATED)       \
-  GEMV_W4_ALL(NAME##_w4_f32, float, gemv::kMinimum, GATED)        \
-  GEMV_W4_ALL(NAME##_w4_z16, __half, gemv::kZero, GATED)          \
-  GEMV_W4_ALL(NAME##_w4_z32, float, gemv::kZero, GATED)           \
-  GEMV_W8_ALL(NAME##_w8_f16, __half, GATED)                       \
-  GEMV_W8_ALL(NAME##_w8_f32, float, GATED)                        \
-  GEMV_F16_ALL(NAME##_f16, GATED)
 
 #define DEQUANT_W4(NAME, SCALE, OFFSET)                                                            \
   extern "C" __global__ void __launch_bounds__(gemv::kThreads)                                     \
@@ -606,8 +670,14 @@ __device__ __forceinline__ void dequantize(const unsigned* __restrict__ weight,
     gemv::dequantize<SCALE, gemv::kNone>(weight, scale, scale, out, words, group_words);           \
   }
 
-GEMV_ALL(gemv, false)
-GEMV_ALL(gated_gemv, true)
+GEMV_W4_ALL(f16, __half, gemv::kMinimum)
+GEMV_W4_ALL(f32, float, gemv::kMinimum)
+GEMV_W4_ALL(z16, __half, gemv::kZero)
+GEMV_W4_ALL(z32, float, gemv::kZero)
+GEMV_W8_ALL(f16, __half)
+GEMV_W8_ALL(f32, float)
+GEMV_F16_ALL(gemv_f16, false)
+GEMV_F16_ALL(gated_gemv_f16, true)
 DEQUANT_W4(f16, __half, gemv::kMinimum)
 DEQUANT_W4(f32, float, gemv::kMinimum)
 DEQUANT_W4(z16, __half, gemv::kZero)

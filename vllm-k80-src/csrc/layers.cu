@@ -3,7 +3,8 @@
 //   rotary_embedding_{f32,f16}       query and key of a token rotated in place
 //   rotary_and_cache_{f32,f16}       the query rotated in place, the key into the paged cache, and
 //                                    the value beside it
-//   silu_and_mul_{f32,f16}           y[t, i] = silu(x[t, i]) * x[t, columns + i]
+//   silu_and_mul_{f32,f16,f32_f16}   y[t, i] = silu(x[t, i]) * x[t, columns + i]; f32_f16 of an FP32
+//                                    x, a product that is rounded only now
 //   gelu_and_mul_..., gelu_tanh_and_mul_...      the same with GELU, exact or by tanh
 //   gelu_tanh_..., gelu_quick_...    y[t, i] = gelu(x[t, i])
 //
@@ -110,8 +111,8 @@ struct GeluQuick {
 };
 
 // kGated: x has two halves of `columns` columns, of which the second is a factor.
-template <class T, class Function, bool kGated>
-__device__ __forceinline__ void activate(const T* x, T* y, int columns) {
+template <class T, class Y, class Function, bool kGated>
+__device__ __forceinline__ void activate(const T* x, Y* y, int columns) {
   const int i = blockIdx.y * kThreads + threadIdx.x;
   if (i >= columns) return;
   const T* from = x + static_cast<size_t>(blockIdx.x) * columns * (kGated ? 2 : 1) + i;
@@ -138,11 +139,13 @@ __device__ __forceinline__ void activate(const T* x, T* y, int columns) {
                              key_heads, head_size, rotary, query_stride, key_stride, value_stride, \
                              cached, cache_slots, neox);                                           \
   }
-#define ACTIVATION(NAME, SUFFIX, T, FUNCTION, GATED)                                               \
+#define ACTIVATION_TO(NAME, T, Y, FUNCTION, GATED)                                                 \
   extern "C" __global__ void __launch_bounds__(layers::kThreads)                                   \
-      NAME##_##SUFFIX(const T* x, T* y, int columns) {                                             \
-    layers::activate<T, layers::FUNCTION, GATED>(x, y, columns);                                   \
+      NAME(const T* x, Y* y, int columns) {                                                        \
+    layers::activate<T, Y, layers::FUNCTION, GATED>(x, y, columns);                                \
   }
+#define ACTIVATION(NAME, SUFFIX, T, FUNCTION, GATED)                                               \
+  ACTIVATION_TO(NAME##_##SUFFIX, T, T, FUNCTION, GATED)
 #define LAYERS_ALL(SUFFIX, T)                                  \
   ROTARY_EMBEDDING(SUFFIX, T)                                  \
   ROTARY_AND_CACHE(SUFFIX, T)                                  \
@@ -154,3 +157,4 @@ __device__ __forceinline__ void activate(const T* x, T* y, int columns) {
 
 LAYERS_ALL(f32, float)
 LAYERS_ALL(f16, __half)
+ACTIVATION_TO(silu_and_mul_f32_f16, float, __half, Silu, true)

@@ -15,6 +15,7 @@ import kernels_predict  # noqa: E402
 import smx  # noqa: E402
 
 from vllm_k80.ops import attention_kernels, driver  # noqa: E402
+from vllm_k80.ops import kernels as operators  # noqa: E402
 
 STALL = 0x21  # wait one clock
 PAIR = 0x04  # issue with the next
@@ -275,3 +276,11 @@ def test_decode_is_split_as_the_operator_does_it(kernels) -> None:
         group = attention_kernels.tile_of_heads(32 // kv_heads)
         assert tiles == kv_heads * -(-(32 // kv_heads) // group)
         assert splits == attention_kernels.splits(sequences * tiles, 2048)
+
+
+def test_the_grid_of_eight_rows_is_the_one_that_is_launched() -> None:
+    for rows in (1, 64, 832, 4096, 5120, 11008, 13824, 22016):
+        for columns in (128, 4096, 11008, 13824):
+            for bits in (4, 8):
+                grid = kernels_predict.blocks_of_eight(rows, columns, bits)
+                assert grid == operators.blocks_of_eight(rows, columns, bits)

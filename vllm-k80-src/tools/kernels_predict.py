@@ -104,6 +104,17 @@ def build(directory: Path) -> dict[str, Compiled]:
     return compiled(directory / "vllm_k80.fatbin") | compiled(naive)
 
 
+def blocks_of_eight(rows: int, columns: int, bits: int) -> int:
+    """What `vllm_k80.ops.kernels.blocks_of_eight` says, which needs torch."""
+    tiles, steps = -(-rows // 64), -(-columns * bits // 4096)
+    split = tiles % 13
+
+    def time(parts: int) -> int:
+        return -(-split * parts // 13) * -(-steps // parts)
+
+    return tiles + split * (min(range(1, min(steps, 16) + 1), key=time) - 1)
+
+
 def gemv(
     kernels: dict[str, Compiled],
     kind: str,
@@ -115,8 +126,9 @@ def gemv(
 ) -> Case:
     """A gemv of csrc/gemv.cu: ``kind`` is w4_f16, w8_f16 and so on, or f16."""
     name = f"{'gated_' if gated else ''}gemv_{kind}_m{m}"
-    blocks = -(-n // (64 if m == 8 and kind != "f16" else 32))  # csrc/gemv.cu: rows a block
     bits = {"w4": 4, "w8": 8, "f1": 16}[kind[:2]]
+    of_eight = m == 8 and kind != "f16"
+    blocks = blocks_of_eight(n, k, bits) if of_eight else -(-n // 32)  # csrc/gemv.cu: rows a block
     weight = n * k * bits // 8
     scales = 0 if kind == "f16" else n * k // group * (4 if kind.endswith("32") else 2)
     buffers: list[int | smx.Pointer] = [smx.Pointer(weight)]
@@ -278,6 +290,7 @@ def cases(kernels: dict[str, Compiled], quick: bool) -> list[Case]:
             for kind in ("w4_f16", "w8_f16", "f16")
             for m in (2, 4, 8)
         ]
+        chosen += [gemv(kernels, "w4_f16", n, k, 8) for n, k in (SHAPES_7B + SHAPES_13B)[1:]]
         chosen += [gemv(kernels, kind, 4096, 4096, 1, 32) for kind in ("w4_f16", "w4_f32")]
         chosen += [naive(kernels, n, k) for n, k in SHAPES_7B]
     return chosen

@@ -31,6 +31,8 @@ _SGEMV_US = ((4096, 4096, 597.5), (11008, 4096, 1242.9), (4096, 11008, 1510.7))
 # Of vLLM itself, seen in the engine's profile on a GPU (benchmarks/results): those of head, sampler
 # and inputs.
 _STEP_LAUNCHES = 20
+# Rows of x up to which an INT4 or INT8 product of gate and up makes the activation itself.
+_GATED_ROWS = 4
 
 # ---- what it takes
 
@@ -73,6 +75,11 @@ def product_us(weight: Weight, rows: int) -> float:
     return passes * _line(f"gemv_{weight.kind}_m{at_once}", bound)
 
 
+def _is_gated(weight: Weight, model: Model) -> bool:
+    """Whether it is gate and up as one, in a format whose kernels of eight rows have no gate."""
+    return weight.n == 2 * model.inner and weight.kind[:3] in ("w4_", "w8_")
+
+
 def tile_of_heads(group: int) -> int:
     """`ops.attention_kernels.tile_of_heads`, which cannot be imported without torch."""
     return 1 if group == 1 else 4 if group <= 4 else 8
@@ -104,6 +111,11 @@ def decode(model: Model, batch: int, context: int) -> dict[str, float]:
     others += sum(_memory_us(4 * model.element * (batch - 1) * n) for _, n in small)
     linear = sum(product_us(weight, batch) for layer in model.layers for weight in layer)
     launches = sum(len(layer) + 1 + len(small) for layer in model.layers)
+    if batch > _GATED_ROWS:
+        gates = sum(_is_gated(weight, model) for layer in model.layers for weight in layer)
+        launches += gates
+        more = _line("silu_and_mul_f16", model.inner / 1e3)
+        linear += gates * (more + _memory_us(10 * (batch - 1) * model.inner))
     launches += _STEP_LAUNCHES
     host = COSTS["host_ms"]["step"] + COSTS["host_ms"]["sequence"] * batch
     return {

@@ -20,8 +20,11 @@ _MOST_PARTS = 65535  # blocks in y (CUDA C++ programming guide, compute capabili
 
 # csrc/gemv.cu: rows of x that a kernel takes, and rows of the weight that its block takes.
 _GEMV_TOKENS = (1, 2, 4, 8)
-_BLOCK_ROWS, _BLOCK_ROWS_M8 = 32, 64  # gemv_f16_m8 takes 32 too
-_HALF_X, _HALF_BIAS = 1, 2
+_BLOCK_ROWS = 32
+# The same of the kernels of eight rows of x and INT4 or INT8; the SMX that tiles of so many rows
+# are dealt to; the most parts of a tile; and the bits of a row of the weight that a step takes.
+_TILE_ROWS, _SMX, _MOST_PARTS_OF_TILE, _STEP_BITS = 64, 13, 16, 4096
+_HALF_X, _HALF_BIAS, _FLOAT_Y = 1, 2, 4
 # Elements of a weight that prefill dequantizes at a time: a work buffer of 32 MB of FP32, far
 # more than the L2 cache, and enough rows for cuBLAS to fill the die.
 _TILE_ELEMENTS = 1 << 23
@@ -34,6 +37,7 @@ def _names(kernel: str) -> dict[torch.dtype, str]:
 
 _RMS_NORM, _FUSED_ADD_RMS_NORM = _names("rms_norm"), _names("fused_add_rms_norm")
 _SILU_AND_MUL = _names("silu_and_mul")
+_SILU_AND_MUL_OF_FLOAT = {torch.float32: "silu_and_mul_f32", torch.float16: "silu_and_mul_f32_f16"}
 _GELU_AND_MUL = {"none": _names("gelu_and_mul"), "tanh": _names("gelu_tanh_and_mul")}
 _GELU_TANH, _GELU_QUICK = _names("gelu_tanh"), _names("gelu_quick")
 _ROTARY_EMBEDDING = _names("rotary_embedding")
@@ -84,12 +88,17 @@ def fused_add_rms_norm(
     return y, total
 
 
-def _activation(names: dict[torch.dtype, str], x: Tensor, columns: int) -> Tensor:
-    """Launch an activation of csrc/layers.cu whose result has ``columns`` columns."""
+def _activation(
+    names: dict[torch.dtype, str], x: Tensor, columns: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Launch an activation of csrc/layers.cu whose result has ``columns`` columns.
+
+    ``names`` are by the result's dtype: ``dtype``, or that of ``x``.
+    """
     x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], columns))
+    y = x.new_empty((*x.shape[:-1], columns), dtype=dtype)
     if columns and (tokens := y.numel() // columns):
-        driver.kernel(names[x.dtype], "ppi", x.device.index).launch(
+        driver.kernel(names[y.dtype], "ppi", x.device.index).launch(
             (tokens, -(-columns // _THREADS)), _THREADS, x.data_ptr(), y.data_ptr(), columns
         )
     return y
@@ -180,6 +189,22 @@ def _aligned(*parts: Tensor) -> bool:
     return all(part.data_ptr() % 16 == 0 for part in parts)
 
 
+def blocks_of_eight(rows: int, columns: int, bits: int) -> int:
+    """Blocks in y of a product with eight rows of x: of a weight of INT4 or INT8 (``bits``).
+
+    Tiles of rows that are left over when each SMX has as many are split by columns, into as few
+    parts as take the least time. See `product_of_eight` in csrc/gemv.cu.
+    """
+    tiles, steps = -(-rows // _TILE_ROWS), -(-columns * bits // _STEP_BITS)
+    split = tiles % _SMX
+
+    def time(parts: int) -> int:
+        return -(-split * parts // _SMX) * -(-steps // parts)
+
+    parts = min(range(1, min(steps, _MOST_PARTS_OF_TILE) + 1), key=time)
+    return tiles + split * (parts - 1)
+
+
 class _Product:
     """A weight that has passed a gemv operator's checks, ready to be multiplied.
 
@@ -211,8 +236,8 @@ class _Product:
         columns: int,
         group_shift: int | None,
     ) -> None:
-        gated = parts[-1] is True
-        self._kernel = f"gated_{kernel}" if gated else kernel
+        self._gated = gated = parts[-1] is True
+        self._kernel = kernel
         self._pointers = tuple(part.data_ptr() for part in arguments)
         self._bias = 0 if bias is None else bias.data_ptr()
         self._rows, self._columns = rows, columns
@@ -269,26 +294,46 @@ class _Product:
             and x.device == self._device
         )
 
+    def _is_of_eight(self, tokens: int) -> bool:
+        """Whether `product_of_eight` of csrc/gemv.cu takes it, which has no gated form."""
+        return tokens > 4 and self._kernel != "gemv_f16"
+
     def _launch(self, tokens: int) -> tuple[driver.Kernel, int | tuple[int, int]]:
         """The kernel for so many rows of x, and its grid."""
         at_once = next((m for m in _GEMV_TOKENS if m >= tokens), 8)
-        wide = at_once == 8 and not self._kernel.endswith("gemv_f16")
-        blocks = -(-self._rows // (_BLOCK_ROWS_M8 if wide else _BLOCK_ROWS))
         signature = "p" * (len(self._pointers) + 3) + "i" * (4 + len(self._group_shift))
-        kernel = driver.kernel(f"{self._kernel}_m{at_once}", signature, self._device.index)
+        name = f"{self._kernel}_m{at_once}"
+        if self._is_of_eight(tokens):
+            bits = 4 if self._kernel.startswith("gemv_w4") else 8
+            blocks = blocks_of_eight(self._rows, self._columns, bits)
+        else:
+            blocks = -(-self._rows // _BLOCK_ROWS)
+            name = f"gated_{name}" if self._gated else name
+        kernel = driver.kernel(name, signature, self._device.index)
         return kernel, (-(-tokens // 8), blocks) if at_once == 8 else blocks
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``, or `silu_and_mul` of it."""
         x = x.contiguous()
-        address, shape = x.data_ptr(), x.shape
-        if address % 16:  # a view into something else; the kernel loads 128 bits at a time
+        shape = x.shape
+        if x.data_ptr() % 16:  # a view into something else; the kernel loads 128 bits at a time
             x = x.clone()
-            address = x.data_ptr()
-        y = x.new_empty((*shape[:-1], self._outputs))
         tokens = shape.numel() // self._columns
+        if self._gated and self._is_of_eight(tokens):
+            return self._activated_apart(x, tokens)
+        y = x.new_empty((*shape[:-1], self._outputs))
         if not tokens:
             return y
+        self._multiply(x, tokens, y, self._flags[x.dtype])
+        return y
+
+    def _activated_apart(self, x: Tensor, tokens: int) -> Tensor:
+        """The product in FP32, then its activation, which rounds to the dtype of ``x``."""
+        product = x.new_empty((*x.shape[:-1], self._rows), dtype=torch.float32)
+        self._multiply(x, tokens, product, self._flags[x.dtype] | _FLOAT_Y)
+        return _activation(_SILU_AND_MUL_OF_FLOAT, product, self._outputs, x.dtype)
+
+    def _multiply(self, x: Tensor, tokens: int, y: Tensor, flags: int) -> None:
         if tokens not in self._launches:
             self._launches[tokens] = self._launch(tokens)
         kernel, grid = self._launches[tokens]
@@ -296,16 +341,15 @@ class _Product:
             grid,
             _THREADS,
             *self._pointers,
-            address,
+            x.data_ptr(),
             self._bias,
             y.data_ptr(),
             self._rows,
             self._columns,
             *self._group_shift,
             tokens,
-            self._flags[x.dtype],
+            flags,
         )
-        return y
 
 
 def product_of(name: str, x: Tensor, others: tuple[Tensor | bool | None, ...]) -> _Product | None:
