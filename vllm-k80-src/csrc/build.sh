@@ -25,15 +25,18 @@ fi
 # nvcc takes ptxas from PATH: one of another CUDA would refuse sm_37.
 PATH=$(dirname "$(command -v "$nvcc")"):$PATH
 
-gencode=
+# The kernels do not call each other, so one translation unit is the whole program. PTX is made apart:
+# it says to a newer GPU too how many blocks must fit a K80's registers, and there it would spill.
+cat "$source"/*.cu > "$out/vllm_k80.cu"
+set --
 for arch in ${VLLM_K80_CUDA_ARCHS:-3.7}; do
     number=$(echo "$arch" | tr -d .)
-    gencode="$gencode -gencode arch=compute_$number,code=[sm_$number,compute_$number]"
+    "$nvcc" -O3 -std=c++14 -Wno-deprecated-gpu-targets -Xptxas -warn-spills \
+        -arch "sm_$number" -cubin -o "$out/sm_$number.cubin" "$out/vllm_k80.cu"
+    "$nvcc" -O3 -std=c++14 -Wno-deprecated-gpu-targets -DVLLM_K80_PTX \
+        -arch "compute_$number" -ptx -o "$out/sm_$number.ptx" "$out/vllm_k80.cu"
+    set -- "$@" "--image3=kind=elf,sm=$number,file=$out/sm_$number.cubin" \
+        "--image3=kind=ptx,sm=$number,file=$out/sm_$number.ptx"
 done
-
-# The kernels do not call each other, so one translation unit is the whole program.
-cat "$source"/*.cu > "$out/vllm_k80.cu"
-# shellcheck disable=SC2086  # gencode is a list of words
-"$nvcc" -O3 -std=c++14 -Wno-deprecated-gpu-targets -Xptxas -warn-spills \
-    $gencode -fatbin -o "$out/vllm_k80.fatbin" "$out/vllm_k80.cu"
-rm "$out/vllm_k80.cu"
+fatbinary -64 "--create=$out/vllm_k80.fatbin" "$@"
+rm "$out/vllm_k80.cu" "$out"/sm_*.cubin "$out"/sm_*.ptx
