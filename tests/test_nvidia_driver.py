@@ -138,8 +138,16 @@ import json, sys
 path = {state!r}
 dies = json.load(open(path))
 arguments = sys.argv[1:]
+chosen = dies
+if arguments[0] == "-i" and arguments[2].startswith("--query-gpu="):
+    chosen = [die for die in dies if die["pci.bus_id"].endswith(arguments[1])]
+    del arguments[:2]
 if arguments[0].startswith("--query-gpu="):
-    for die in dies:
+    lost = [die for die in chosen if die["uuid"] == "GPU-lost"]
+    if lost:
+        print("Unable to determine the device handle for GPU", lost[0]["pci.bus_id"])
+        sys.exit(15)
+    for die in chosen:
         print(", ".join(die[field] for field in arguments[0].split("=")[1].split(",")))
     corrupted = [die for die in dies if die["uuid"] == "GPU-corrupted"]
     for die in corrupted:
@@ -177,6 +185,7 @@ LEAVE = {"application_clocks": "", "ecc": "unchanged", "compute_mode": "default"
 class Dies:
     def __init__(self, directory: Path) -> None:
         self.state, self.file = directory / "dies.json", directory / "settings.json"
+        self.root = add_server(directory / "root")
         program = directory / "bin/nvidia-smi"
         program.parent.mkdir()
         program.write_text(SMI.format(python=sys.executable, state=str(self.state)))
@@ -194,7 +203,7 @@ class Dies:
         self.file.write_text(json.dumps(LEAVE | wanted))
         done = subprocess.run(
             [sys.executable, SETTINGS, *arguments, self.file],
-            env={"PATH": self.path},
+            env={"PATH": self.path, "K80_SYS": str(self.root / "sys")},
             capture_output=True,
             text=True,
             check=False,
@@ -239,6 +248,19 @@ def test_other_gpus_are_left_alone(dies: Dies) -> None:
     dies.have(DIE, DIE | {"uuid": "GPU-other", "pci.device_id": "0x1DB610DE"})
     assert dies.settings(application_clocks="2505,875") == (0, "")
     assert dies["clocks.applications.graphics"] == ["875", "562"]
+
+
+def test_a_lost_die_keeps_no_other_from_its_settings(dies: Dies) -> None:
+    dies.have(DIE, DIE | {"uuid": "GPU-lost", "pci.bus_id": "00000000:06:00.0"})
+    code, said = dies.settings(application_clocks="2505,875")
+    assert code == 1
+    assert "Unable to determine the device handle for GPU 00000000:06:00.0" in said
+    assert said.endswith("; the other dies are as wanted.\n")
+    assert dies["clocks.applications.graphics"] == ["875", "562"]
+    dies.have(DIE | {"uuid": "GPU-lost"})
+    code, said = dies.settings(application_clocks="2505,875")
+    assert code == 1
+    assert "Unable to determine the device handle for GPU 00000000:05:00.0" in said
 
 
 def test_a_corrupted_inforom_is_no_error(dies: Dies) -> None:
