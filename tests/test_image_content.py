@@ -281,6 +281,16 @@ def test_the_server_compiles_and_docker_gets_the_result(tmp_path):
         "grep -c __global__ $3 > $2\n"
     )
     nvcc.chmod(0o755)
+    fatbinary = tmp_path / "fatbinary"  # beside the compiler
+    fatbinary.write_text(
+        "#!/bin/sh\n"
+        "for word; do case $word in\n"
+        "    --create=*) result=${word#*=} ;;\n"
+        '    --image3=kind=*) parts="$parts ${word##*file=}" ;;\n'
+        "esac; done\n"
+        "cat $parts > $result\n"
+    )
+    fatbinary.chmod(0o755)
     context = tmp_path / "context"
     context.mkdir()
     (context / "left").write_text("by an earlier build")
@@ -294,7 +304,7 @@ def test_the_server_compiles_and_docker_gets_the_result(tmp_path):
     first, *listed = done.stdout.decode().splitlines()
     assert first == f"== the kernels, for sm_37, with {nvcc}"
     assert {"csrc", "docker", "kernels", "vllm_k80"} <= set(listed)
-    # All sources, as one.
+    # All sources, as one, compiled for the K80 and as PTX.
     kernels = sum(path.read_text().count("__global__") for path in SOURCE.glob("csrc/*.cu"))
-    assert (context / "kernels/vllm_k80.fatbin").read_text() == f"{kernels}\n"
+    assert (context / "kernels/vllm_k80.fatbin").read_text() == f"{kernels}\n" * 2
     assert not (context / "left").exists()
