@@ -3,7 +3,7 @@
 import re
 import shutil
 import subprocess
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -119,26 +119,38 @@ def test_a_gated_product_needs_as_many_rows_of_gate_and_factor() -> None:
         vllm_k80.gemv_f16(torch.ones(1, 8), torch.ones(3, 8).half(), None, True)
 
 
-def test_gated_and_not_are_different_kernels_of_one_weight(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    launches = []
+class Launch(NamedTuple):
+    """What a kernel was launched with."""
+
+    name: str
+    grid: Any
+    arguments: tuple[Any, ...]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """Kernels as where there is a GPU, none of which runs."""
+    launched: list[Launch] = []
 
     class Kernel:
         def __init__(self, name: str) -> None:
             self.name = name
 
         def launch(self, grid: Any, block: int, *arguments: Any) -> None:
-            launches.append((self.name, grid))
+            launched.append(Launch(self.name, grid, arguments))
 
     monkeypatch.setattr(driver, "available", lambda: True)
     monkeypatch.setattr(driver, "kernel", lambda name, signature, device: Kernel(name))
     monkeypatch.setattr(kernels._Product, "_KNOWN", {})
+    return launched
+
+
+def test_gated_and_not_are_different_kernels_of_one_weight(launches: list[Launch]) -> None:
     weight = torch.zeros(96, 64, dtype=torch.uint8), torch.ones(96, 4), torch.ones(96, 4)
     for tokens, gated in ((1, False), (1, True), (1, False), (8, True), (5, False)):
         y = kernels.linear_w4(torch.ones(tokens, 128), *weight, gated=gated)
         assert y.shape == (tokens, 48 if gated else 96)
-    assert launches == [
+    assert [launch[:2] for launch in launches] == [
         ("gemv_w4_f32_m1", 3),
         ("gated_gemv_w4_f32_m1", 3),  # of 16 results and the 32 rows that they need
         ("gemv_w4_f32_m1", 3),
@@ -148,26 +160,15 @@ def test_gated_and_not_are_different_kernels_of_one_weight(
     ]
 
 
-def test_half_precision_activations_of_eight_rows_are_rounded_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_half_precision_activations_of_eight_rows_are_rounded_once(launches: list[Launch]) -> None:
     """The product says by its flags that it is FP32; the activation's kernel takes it as that."""
-    launches = []
-
-    class Kernel:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def launch(self, grid: Any, block: int, *arguments: Any) -> None:
-            launches.append((self.name, arguments[-1]))
-
-    monkeypatch.setattr(driver, "available", lambda: True)
-    monkeypatch.setattr(driver, "kernel", lambda name, signature, device: Kernel(name))
-    monkeypatch.setattr(kernels._Product, "_KNOWN", {})
     weight = torch.zeros(96, 128, dtype=torch.int8), torch.ones(96, 1)
     y = kernels.linear_w8(torch.ones(6, 128, dtype=torch.float16), *weight, gated=True)
     assert (y.shape, y.dtype) == ((6, 48), torch.float16)
-    assert launches == [("gemv_w8_f32_m8", 1 | 4), ("silu_and_mul_f32_f16", 48)]
+    assert [(launch.name, launch.arguments[-1]) for launch in launches] == [
+        ("gemv_w8_f32_m8", 1 | 4),
+        ("silu_and_mul_f32_f16", 48),
+    ]
 
 
 @pytest.mark.parametrize(
