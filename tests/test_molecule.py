@@ -22,8 +22,8 @@ SCENARIOS = [
     )
     for name in names.split()
 ]
-# KEEP=default leaves that scenario's server, if all went well.
-KEEP = {name: ["--destroy=never"] for name in os.environ.get("KEEP", "").split()}
+# KEEP=default leaves that scenario's server.
+KEEP = os.environ.get("KEEP", "").split()
 # What says why a scenario failed: Ansible's lines, pytest's, molecule's own.
 REASON = re.compile(r"fatal: |failed: |FAILED |ERROR |E   |CRITICAL ")
 
@@ -38,10 +38,21 @@ def test_every_scenario_is_in_the_makefile() -> None:
 def test_scenario(scenario: str) -> None:
     """Each line appears at once, after the scenario's name; the reasons of a failure at the end."""
     reasons = []
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "FORCE_COLOR": "0"}
+    command: list[str | Path] = ["test", "--scenario-name", scenario]
+    if scenario in KEEP:
+        # Else nothing is removed at the start either, and a clean host is not seen.
+        first = [BIN / "molecule", "destroy", "--scenario-name", scenario]
+        subprocess.run(first, cwd=ROOT, env=environment, check=True)
+        command.append("--destroy=never")
+    if scenario == "operations":
+        # It begins with a server that is there; that of a run that was cut off may be gone.
+        first = [BIN / "molecule", "reset", "--scenario-name", scenario]
+        subprocess.run(first, cwd=ROOT, env=environment, check=True)
     with subprocess.Popen(
-        [BIN / "molecule", "test", "--scenario-name", scenario, *KEEP.get(scenario, [])],
+        [BIN / "molecule", *command],
         cwd=ROOT,
-        env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "FORCE_COLOR": "0"},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -249,6 +249,14 @@ def test_a_die_that_is_left_out_may_be_off_the_bus_already(server: Path, judge: 
     assert judge(server, nvidia_driver_disabled_dies=[DIES[1]]) == ([], [])
 
 
+@pytest.mark.parametrize("value", [DIES[1], 360.0])
+def test_dies_to_be_left_out_are_a_list(server: Path, judge: Judge, value: object) -> None:
+    findings, _ = judge(server, nvidia_driver_disabled_dies=value)
+    assert (
+        f'nvidia_driver_disabled_dies is {value!r}, which is no list; write it as ["0000:06:00.0"].'
+    ) in findings
+
+
 @pytest.mark.parametrize("address", ["06:00.0", "00000000:06:00.0", "GPU-4f0a", "", 360.0])
 def test_what_is_no_address_is_refused(server: Path, judge: Judge, address: object) -> None:
     assert judge(server, nvidia_driver_disabled_dies=[address]) == (

@@ -365,7 +365,9 @@ name, if_stopped = sys.argv[2], "--if-stopped" in sys.argv
 with open(asked, "a") as file:
     file.write(name + (" if stopped" if if_stopped else "") + "\\n")
 state = states[name][0 if if_stopped else 1]
-print(json.dumps([{{"name": name, "state": state, "detail": "its die is dead."}}]))
+detail = "What was proven before serves again." if state == "back" else "its die is dead."
+state = "failed" if state == "back" else state
+print(json.dumps([{{"name": name, "state": state, "detail": detail}}]))
 sys.exit(1 if state == "failed" else 0)
 """
 
@@ -442,6 +444,14 @@ def test_a_change_that_fails_on_one_that_serves_is_tried_on_no_other(
     assert code == 2, said
     assert asked == ["die0 if stopped", "die0"]
     assert "instance die0: its die is dead." in said
+
+
+@pytest.mark.slow
+def test_a_change_that_went_back_is_tried_on_no_other(apply: Any) -> None:
+    """It was starting, with what serves again: the gateways are not to be told of anything else."""
+    code, said, asked = apply({"die0": ("back", ""), "die1": ("changed", "")}, stop=False)
+    assert code == 2, said
+    assert asked == ["die0 if stopped"]
 
 
 @pytest.mark.slow

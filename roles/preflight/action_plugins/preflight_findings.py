@@ -332,6 +332,11 @@ def has_dies(host: Host) -> Iterator[str]:
 
 @check("k80_servers")
 def disabled_dies_are_dies(host: Host) -> Iterator[str]:
+    if not isinstance(raw := host["nvidia_driver_disabled_dies"], list):
+        yield (
+            f"nvidia_driver_disabled_dies is {raw!r}, which is no list; write it as"
+            ' ["0000:06:00.0"].'
+        )
     for address in host.disabled_dies:
         # Without quotes YAML reads 0000:06:00.0 as the number 360.0.
         if not re.fullmatch(r"[0-9a-f]{4}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]", address):
