@@ -12,6 +12,29 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def reported(
+    directory: Path, *arguments: str
+) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """How ansible-playbook ends in that directory, and its report, with the project's roles."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("ansible-playbook"), *arguments],
+        env=os.environ
+        | {
+            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+            "ANSIBLE_ROLES_PATH": str(ROOT / "roles"),
+            "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
+        },
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.startswith("{"), done.stdout + done.stderr
+    # The project's callbacks print times behind the JSON.
+    report, _ = json.JSONDecoder().raw_decode(done.stdout)
+    return done, report
+
+
 def failures_of(
     role: str, tasks_from: str, hosts: dict[str, dict[str, Any]], directory: Path
 ) -> dict[str, str]:
@@ -36,24 +59,7 @@ def failures_of(
     }
     (directory / "hosts.yml").write_text(json.dumps({"all": {"hosts": hosts}}))
     (directory / "play.yml").write_text(json.dumps([play]))
-    done = subprocess.run(
-        [
-            Path(sys.executable).with_name("ansible-playbook"),
-            *("-i", directory / "hosts.yml", directory / "play.yml"),
-        ],
-        env=os.environ
-        | {
-            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
-            "ANSIBLE_ROLES_PATH": str(ROOT / "roles"),
-            "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.startswith("{"), done.stdout + done.stderr
-    # The project's callbacks print times behind the JSON.
-    report, _ = json.JSONDecoder().raw_decode(done.stdout)
+    _, report = reported(directory, "-i", "hosts.yml", "play.yml")
     return {
         host: " ".join(result["msg"].split())
         for task in report["plays"][0]["tasks"]

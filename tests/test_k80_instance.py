@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -650,6 +651,29 @@ def test_the_command_drains_and_undrains(
         "1 k80-instance: die0: it still has requests after 20 s; it gets no new ones.\n"
     )
     assert said("drain", "die7").startswith("1 k80-instance: die7: there is no such instance;")
+
+
+def test_a_failed_change_says_whether_the_instance_serves(
+    server: Server, served: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr(server.program.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(
+        "sys.argv", ["k80-instance", "apply", "die0", "--json", "--if-stopped", "--settle", "6"]
+    )
+    Path(server.program.UNITS, "vllm-k80-die0-liveness.timer").touch()
+
+    def row() -> tuple[str, bool]:
+        assert server.program.main() == 1
+        [row] = json.loads(capsys.readouterr().out)
+        return row["state"], row["serves"]
+
+    server.active = False
+    server.stage("broken:2")
+    assert row() == ("failed", True), "it went back"
+    server.active = False
+    server.instance.put("live", server.files("broken:1"))
+    assert row() == ("failed", False)
 
 
 def test_restart(server: Server, served: Any) -> None:

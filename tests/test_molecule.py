@@ -39,18 +39,15 @@ def test_scenario(scenario: str) -> None:
     """Each line appears at once, after the scenario's name; the reasons of a failure at the end."""
     reasons = []
     environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "FORCE_COLOR": "0"}
-    command: list[str | Path] = ["test", "--scenario-name", scenario]
-    if scenario in KEEP:
-        # Else nothing is removed at the start either, and a clean host is not seen.
-        first = [BIN / "molecule", "destroy", "--scenario-name", scenario]
-        subprocess.run(first, cwd=ROOT, env=environment, check=True)
-        command.append("--destroy=never")
-    if scenario == "operations":
-        # It begins with a server that is there; that of a run that was cut off may be gone.
-        first = [BIN / "molecule", "reset", "--scenario-name", scenario]
-        subprocess.run(first, cwd=ROOT, env=environment, check=True)
+    # A server that is to be kept is not removed at the start either, and a clean host would not be
+    # seen. `operations` begins with one that is there: that of a run that was cut off may be gone.
+    first = "destroy" if scenario in KEEP else "reset" if scenario == "operations" else ""
+    if first:
+        command = [BIN / "molecule", first, "--scenario-name", scenario]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    kept = ["--destroy=never"] if scenario in KEEP else []
     with subprocess.Popen(
-        [BIN / "molecule", *command],
+        [BIN / "molecule", "test", "--scenario-name", scenario, *kept],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,

@@ -7,9 +7,7 @@ needs no play is judged without one, which is faster.
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from ansible.template import trust_as_template
 from judge import FACTS, SETTINGS, Judge
 from made_up_host import add_server
 from made_up_hub import Hub, Storage
+from made_up_run import reported
 
 ROOT = Path(__file__).resolve().parent.parent
 GATHERED = {f"ansible_{name}": value for name, value in FACTS.items()} | {
@@ -150,29 +149,10 @@ class Run:
         local = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
         self._write(directory / "inventory/hosts.yml", {"k80": {"children": groups, "vars": local}})
         serving = {group: f"{directory}/{group}" for group in groups}
-        done = subprocess.run(
-            [
-                Path(sys.executable).with_name("ansible-playbook"),
-                *("-i", directory / "inventory"),
-                # Whether this machine serves is not the matter.
-                *("-e", json.dumps({"__preflight_serving_paths": serving})),
-                directory / "play.yml",
-            ],
-            env=os.environ
-            | {
-                "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
-                "ANSIBLE_ROLES_PATH": str(ROOT / "roles"),
-                "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
-            },
-            cwd=directory,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        # Whether this machine serves is not the matter.
+        variables = json.dumps({"__preflight_serving_paths": serving})
+        done, report = reported(directory, "-i", "inventory", "-e", variables, "play.yml")
         self.code, self.output = done.returncode, done.stdout + done.stderr
-        assert done.stdout.startswith("{"), self.output
-        # The project's callbacks print times behind the JSON.
-        report, _ = json.JSONDecoder().raw_decode(done.stdout)
         self.stats: dict[str, dict[str, int]] = report["stats"]
         results = [
             (task["task"]["name"], host, result)

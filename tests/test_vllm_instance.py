@@ -365,9 +365,9 @@ name, if_stopped = sys.argv[2], "--if-stopped" in sys.argv
 with open(asked, "a") as file:
     file.write(name + (" if stopped" if if_stopped else "") + "\\n")
 state = states[name][0 if if_stopped else 1]
-detail = "What was proven before serves again." if state == "back" else "its die is dead."
-state = "failed" if state == "back" else state
-print(json.dumps([{{"name": name, "state": state, "detail": detail}}]))
+serves, state = state == "back", "failed" if state == "back" else state
+row = {{"name": name, "state": state, "detail": "its die is dead.", "serves": serves}}
+print(json.dumps([row]))
 sys.exit(1 if state == "failed" else 0)
 """
 
