@@ -274,14 +274,17 @@ def test_the_build_is_dockers_alone_unless_the_server_compiles(build, nvcc):
 def test_the_server_compiles_and_docker_gets_the_result(tmp_path):
     """The script of the build, with a compiler and a Docker that only show what they were given."""
     nvcc = tmp_path / "nvcc"
+    cuda = tmp_path / "cuda"  # where its other programs are, as of a script that starts the real one
+    cuda.mkdir()
     nvcc.write_text(
         "#!/bin/sh\n"
         "[ $1 = --version ] && echo 'release 11.8, V11.8.89' && exit\n"
+        f"[ $1 = --dryrun ] && echo '#$ _SPACE_= ' >&2 && echo '#$ PATH={cuda}:'$PATH >&2 && exit\n"
         "while [ $1 != -o ]; do shift; done\n"
         "grep -c __global__ $3 > $2\n"
     )
     nvcc.chmod(0o755)
-    fatbinary = tmp_path / "fatbinary"  # beside the compiler
+    fatbinary = cuda / "fatbinary"
     fatbinary.write_text(
         "#!/bin/sh\n"
         "for word; do case $word in\n"

@@ -180,6 +180,21 @@ def compare() -> tuple[dict[str, int], list[dict[str, Any]]]:
         result = vllm_k80.gemv_f16(x, half, bias)
         check("gemv_f16", about, result, x, half.double(), bias)
         check_gated("gemv_f16", about, x, [half], bias)
+    # Rows that the last tile shares with the one before are that one's, to the last bit: the last
+    # one's columns may be added up in parts.
+    for index, rows in enumerate((833, 835, 839, 1667)):
+        about = {"tokens": 8, "rows": rows, "columns": 4096, "values": "normal", "bias": None}
+        whole = rows // 832 * 832
+        x, _ = inputs(about | {"x": torch.float32}, index)
+        for name, (parts, *_) in (
+            ("gemv_w4", weight_w4(rows, 4096, 128, torch.float16, False, index)),
+            ("gemv_w8", weight_w8(rows, 4096, 128, torch.float16, index)),
+        ):
+            count += 1
+            operator = getattr(vllm_k80, name)
+            fewer = [part if part is None else part[:whole] for part in parts[:3]]
+            if not torch.equal(operator(x, *parts[:3])[:, :whole], operator(x, *fewer)):
+                off.append({"operator": f"{name}, shared rows", "rows": str(rows)})
     # Prefill: several tiles of the work buffer, and a part of one.
     for index, tokens in enumerate((33, 128, 513)):
         about = {"tokens": tokens, "rows": 4100, "columns": 5120, "group": 128, "values": "normal"}

@@ -22,8 +22,11 @@ if [ "$release" != 11 ]; then
     echo "build.sh: $nvcc is of CUDA ${release:-(unknown)}; the K80 needs a CUDA 11 compiler (11.8 is the last that knows it)." >&2
     exit 1
 fi
-# nvcc takes ptxas from PATH: one of another CUDA would refuse sm_37.
+# nvcc takes ptxas from PATH: one of another CUDA would refuse sm_37. Where nvcc is a script that starts one elsewhere,
+# that one says where it looks for the rest of its CUDA.
 PATH=$(dirname "$(command -v "$nvcc")"):$PATH
+looks_in=$("$nvcc" --dryrun -x cu -ptx /dev/null 2>&1 | sed -n 's/^#\$ PATH=//p')
+PATH=${looks_in:-$PATH}
 
 # The kernels do not call each other, so one translation unit is the whole program. PTX is made apart:
 # it says to a newer GPU too how many blocks must fit a K80's registers, and there it would spill.

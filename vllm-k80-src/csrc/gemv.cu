@@ -566,7 +566,8 @@ __device__ __forceinline__ void product_of_eight(
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int n = row0 + (lane / kTokens + 4 * i) * next, t = token0 + lane % kTokens;
-    if (t >= tokens) continue;
+    // Rows before its tile are another block's, which may add up their columns in parts.
+    if (t >= tokens || n < tile * kTileRows) continue;
     float v = sum[i] * (1.f / kScaleDown);
     if (bias)
       v += flags & kHalfBias ? number(static_cast<const __half*>(bias) + n)

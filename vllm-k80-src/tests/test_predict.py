@@ -83,6 +83,22 @@ def test_a_tiny_step_is_the_sum_of_its_launches(
     assert tiny.weights == 2 * (2 * layer + 2 * 256 * 64)
 
 
+def test_an_activation_is_a_launch_where_the_product_has_none(tmp_path: Path) -> None:
+    """Llama's is with five rows and more, Gemma's GELU always and in any format."""
+
+    def launches(rows: int, weights: str | None, **changes: Any) -> float:
+        return predict.decode(model(tmp_path, weights, **changes), rows, 100)["launches"]
+
+    a_layer_more = pytest.approx(32 * predict.COSTS["launch_us"] / 1e3)
+    gemma = {"architectures": ["GemmaForCausalLM"]}
+    for weights in ("int4", None):
+        for rows in (1, 4, 5, 8):
+            more = launches(rows, weights, **gemma) - launches(rows, weights)
+            apart = weights == "int4" and rows > 4
+            assert (0 if apart else a_layer_more) == more, (weights, rows)
+    assert launches(5, "int4") - launches(4, "int4") == a_layer_more
+
+
 def test_llama_2_7b_in_int4_is_near_30_tokens_a_second(tmp_path: Path) -> None:
     seven = model(tmp_path)
     result = predict.judge(seven, 2048, (1,))

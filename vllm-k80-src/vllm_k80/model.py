@@ -102,6 +102,7 @@ class Model:
     quantized: bool = False  # so in its files
     known: bool = True  # False: of another build, ``rest`` is all of it and ``layers`` are empty
     simulated: bool = True  # the kernels' cost model has its operators
+    gelu: bool = False  # of the gate, which is a launch of its own; SiLU is the product's
 
     @property
     def matrices(self) -> list[Weight]:
@@ -178,6 +179,7 @@ class _Build:
     inner_bias: bool = False  # of the feed-forward layer
     head_bias: bool = False
     gated: bool = True  # the feed-forward layer has gate and up
+    gelu: bool = False  # of the gate, in place of SiLU
     stored_fused: bool = False  # query, key and value are one tensor of a checkpoint, and so on
     windows: bool = True  # in all layers, where the configuration has one
     tied: bool = False  # the head is the embedding, where the configuration says nothing
@@ -241,9 +243,11 @@ _BUILDS = {
     ),
     "GraniteForCausalLM": _Build(by_config=_llama),
     "Phi3ForCausalLM": _Build(stored_fused=True),
-    "GemmaForCausalLM": _Build(tied=True),
-    "Gemma2ForCausalLM": _Build(norms=4, windows=False, tied=True, half=False),
-    "Gemma3ForCausalLM": _Build(norms=4, head_norms=2, windows=False, tied=True, two_bases=True),
+    "GemmaForCausalLM": _Build(gelu=True, tied=True),
+    "Gemma2ForCausalLM": _Build(norms=4, gelu=True, windows=False, tied=True, half=False),
+    "Gemma3ForCausalLM": _Build(
+        norms=4, head_norms=2, gelu=True, windows=False, tied=True, two_bases=True
+    ),
     # By vLLM's way to Hugging Face's own model, which computes its rotary embedding each time.
     "SmolLM3ForCausalLM": _Build(
         windows=False, tied=True, rotary=0.0, simulated=False, by_config=_llama
@@ -659,6 +663,7 @@ def of_config(
         dies=dies,
         quantized=scheme is not None,
         simulated=build.simulated,
+        gelu=build.gelu,
     )
 
 
@@ -895,4 +900,5 @@ def of_header(header: gguf_header.Header, path: Path, dtype: str, dies: int = 1)
         dies=dies,
         quantized=True,
         simulated=build.simulated,
+        gelu=build.gelu,
     )

@@ -111,11 +111,16 @@ def decode(model: Model, batch: int, context: int) -> dict[str, float]:
     others += sum(_memory_us(4 * model.element * (batch - 1) * n) for _, n in small)
     linear = sum(product_us(weight, batch) for layer in model.layers for weight in layer)
     launches = sum(len(layer) + 1 + len(small) for layer in model.layers)
-    if batch > _GATED_ROWS:
-        gates = sum(_is_gated(weight, model) for layer in model.layers for weight in layer)
-        launches += gates
-        more = _line("silu_and_mul_f16", model.inner / 1e3)
-        linear += gates * (more + _memory_us(10 * (batch - 1) * model.inner))
+    if model.gelu:
+        apart = len(model.layers)
+    elif batch > _GATED_ROWS:
+        apart = sum(_is_gated(weight, model) for layer in model.layers for weight in layer)
+    else:
+        apart = 0
+    if apart:  # GELU is taken to cost what SiLU does: both move much and compute little.
+        activation = _line("silu_and_mul_f16", model.inner / 1e3)
+        linear += apart * (activation + _memory_us(10 * (batch - 1) * model.inner))
+        launches += apart
     launches += _STEP_LAUNCHES
     host = COSTS["host_ms"]["step"] + COSTS["host_ms"]["sequence"] * batch
     return {
