@@ -33,6 +33,8 @@ def test_docker_runs_with_its_options(server: Server) -> None:
     assert "nvidia" in info["Runtimes"]
     options = json.loads(server.run("cat /etc/docker/daemon.json"))
     assert options["log-opts"] == {"max-size": "10m", "max-file": "3"}
+    # Without it Docker starts no container where the kernel has AppArmor.
+    assert "AppArmor parser" in server.run("apparmor_parser --version")
 
 
 def test_the_image_is_as_small_as_promised(server: Server) -> None:
