@@ -385,7 +385,7 @@ __device__ unsigned parts_there[kMostTokenTiles][kSmx];
 // own 5.
 //
 // Predicted for INT4 in microseconds, with the read-only cache at 64 / 32 bytes a clock: 133 / 136
-// for 4096 x 4096, 328 / 332 for 11008 x 4096, 346 / 350 for 4096 x 11008, which is 2.1 to 2.2 times
+// for 4096 x 4096, 329 / 333 for 11008 x 4096, 346 / 351 for 4096 x 11008, which is 2.1 to 2.2 times
 // what one row takes; INT8 147 / 154.
 // Before there were parts, and with a warp's first row kept in a register, 4096 x 4096 took
 // 136 / 137; with scales applied to sums and two blocks an SMX 172 / 176; with x by way of the
