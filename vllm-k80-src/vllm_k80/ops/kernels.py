@@ -384,7 +384,11 @@ def gemv_w4(
     zero: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """See `reference.gemv_w4`; kernels ``gemv_w4_...``, ``gated_gemv_w4_...``."""
+    """See `reference.gemv_w4`; kernels ``gemv_w4_...``, ``gated_gemv_w4_...``.
+
+    Launches of more than four rows on one device, here and in `gemv_w8`, must follow each other:
+    they share the memory in which parts of a tile are added up.
+    """
     parts = qweight, scale, minimum, zero, bias, gated
     product = _Product.known(x, parts)
     if product is None:
@@ -401,7 +405,7 @@ def gemv_w4(
 def gemv_w8(
     x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None, gated: bool = False
 ) -> Tensor:
-    """See `reference.gemv_w8`; kernels ``gemv_w8_...``, ``gated_gemv_w8_...``."""
+    """See `reference.gemv_w8`; kernels ``gemv_w8_...``, ``gated_gemv_w8_...``; and `gemv_w4`."""
     parts = qweight, scale, bias, gated
     product = _Product.known(x, parts)
     if product is None:
