@@ -17,6 +17,7 @@ from threading import Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LARGE = (".safetensors", ".gguf", ".bin")
+CACHED = "/api/resolve-cache/models/"
 
 
 def git_digest(content: bytes) -> str:
@@ -149,8 +150,10 @@ class Hub(Server):
 
     def answer(self, handler: Handler, request: Request) -> None:
         address = urlsplit(request.path)
+        cached = address.path.startswith(CACHED)
         asked = re.fullmatch(
-            r"/(api/models/)?([^/]+/[^/]+)/(?:revision|resolve)/(\w+)/?(.*)", address.path
+            r"/(api/models/)?([^/]+/[^/]+)/(?:revision|resolve)/(\w+)/?(.*)",
+            address.path.replace(CACHED, "/", 1) if cached else address.path,
         )
         repository = asked and self.repositories.get((asked[2], asked[3]))
         if not asked or not repository:
@@ -173,6 +176,9 @@ class Hub(Server):
                 X_Linked_Size=str(len(content)),
                 X_Linked_Etag=f'"{digest}"',
             )
+        elif not cached:
+            # As huggingface.co does: to another path of its own, which wants the token too.
+            handler.whole(307, b"", Location=CACHED + address.path[1:], X_Repo_Commit=asked[3])
         else:
             handler.whole(200, content, ETag=f'"{git_digest(content)}"', X_Repo_Commit=asked[3])
 

@@ -273,9 +273,8 @@ def test_the_build_is_dockers_alone_unless_the_server_compiles(build, nvcc):
 
 def test_the_server_compiles_and_docker_gets_the_result(tmp_path):
     """The script of the build, with a compiler and a Docker that only show what they were given."""
-    nvcc = tmp_path / "nvcc"
-    cuda = tmp_path / "cuda"  # where its other programs are, as of a script that starts the real one
-    cuda.mkdir()
+    nvcc, cuda = tmp_path / "nvcc", tmp_path / "cuda"
+    cuda.mkdir()  # has its other programs, as where nvcc is a script that starts the real one
     nvcc.write_text(
         "#!/bin/sh\n"
         "[ $1 = --version ] && echo 'release 11.8, V11.8.89' && exit\n"

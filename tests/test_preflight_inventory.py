@@ -521,7 +521,10 @@ def test_settings_are_planned_as_the_instance_gets_them(judge: Judge, server: Pa
         "--max-num-seqs": "4",
     }
     assert planned(extra_args=["-q", "gptq"]) == base | {"--max-num-seqs": "8"}
+    underscores = ["--max_model_len=64", "--served_model_name", "a_b"]
+    assert planned(extra_args=underscores) == base | {"--max-num-seqs": "8", "--context": "64"}
     assert planned(extra_args=["-pp", "2"]) is None
+    assert planned(extra_args=["--config", "/models/vllm.yaml"]) is None
 
 
 def test_a_model_of_a_hub_is_planned_before_it_is_fetched(judge: Judge) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors.quantized_compressors.pack_quantized import (
@@ -28,6 +30,7 @@ from vllm.scalar_type import scalar_types
 
 from vllm_k80 import integration
 from vllm_k80.quantization import awq, compressed, gptq, k80
+from vllm_k80.quantization.gguf import K80GGUFModelLoader
 from vllm_k80.quantization.linear import group_index, parts_of
 from vllm_k80.quantization.loader import K80ModelLoader, check_range
 from vllm_k80.quantization.packed import PackedWeight
@@ -369,6 +372,22 @@ def test_every_tensor_that_becomes_fp16_is_checked_when_it_is_read(
             list(weights)
     else:
         assert {name for name, _ in weights} == {"small", "big"}
+
+
+def test_so_is_every_tensor_of_a_gguf_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("blk.0.attn_norm.weight", np.full((4,), 7e4, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    loader, names = K80GGUFModelLoader(LoadConfig(load_format="gguf")), {}
+    names["blk.0.attn_norm.weight"] = "model.layers.0.input_layernorm.weight"
+    assert [name for name, _ in loader._get_weights_iterator(str(path), names)] == [*names.values()]
+    loader._narrow = True
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.input_layernorm\.weight has values"):
+        list(loader._get_weights_iterator(str(path), names))
 
 
 def test_vllm_takes_our_loader_for_safetensors() -> None:

@@ -540,6 +540,12 @@ class Hub(BaseHTTPRequestHandler):
             listed = [{"rfilename": name, "size": size} for name, size in files.items()]
             self.send({"siblings": listed})
         elif re.fullmatch("/org/(model|gated)/resolve/main/config.json", self.path):
+            # As huggingface.co does: to another path of its own, which wants the token too.
+            self.send_response(307)
+            self.send_header("Location", f"{self.path}?cached")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif re.fullmatch("/org/(model|gated)/resolve/main/config.json.cached", self.path):
             self.send(CONFIGS["Llama 3.1 8B"])
         else:
             self.send_error(404)

@@ -19,7 +19,7 @@ from http.client import HTTPException
 from typing import Any, NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, unquote, urljoin, urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 from zipfile import BadZipFile, ZipFile
 
 from vllm_k80.errors import UserError
@@ -248,6 +248,18 @@ def _json(url: str, timeout: float) -> Any:
         return json.loads(answer.read(_LARGEST))
 
 
+class _KeepingToken(HTTPRedirectHandler):
+    """Shows the token again where a hub sends on to another address of its own, and only there."""
+
+    def redirect_request(
+        self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> Request | None:
+        request = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if request and urlsplit(newurl)[:2] == urlsplit(req.full_url)[:2]:
+            request.unredirected_hdrs |= req.unredirected_hdrs
+        return request
+
+
 def _open(
     url: str, timeout: float, *, part: tuple[int, int] | None = None, token: str | None = None
 ) -> Any:
@@ -266,4 +278,4 @@ def _open(
     token = os.environ.get("HF_TOKEN") if token is None else token
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
-    return urlopen(request, timeout=timeout)
+    return build_opener(_KeepingToken).open(request, timeout=timeout)

@@ -227,10 +227,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
-    """Keeps what a test measured in which all was as it should be."""
-    yield
-    if row := item.stash.get(ROW, None):
-        item.config.stash[ROWS].append(row)
+    """Keeps what a test measured, and whether all was as it should be."""
+    passed = False
+    try:
+        yield
+        passed = True
+    finally:
+        if row := item.stash.get(ROW, None):
+            item.config.stash[ROWS].append(row | {"passed": passed})
 
 
 def pytest_terminal_summary(

@@ -8,7 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-# What a test measured: its name, the day, the machine, and the figures of conftest's Fault.
+# What a test measured: its name, the day, the machine, whether it passed, and the figures of
+# conftest's Fault.
 Row = dict[str, Any]
 
 COLUMNS = {
@@ -31,26 +32,37 @@ def table(rows: list[Row]) -> list[str]:
     def cell(value: object) -> str:
         return "" if value is None else f"{value:.1f} s" if isinstance(value, float) else str(value)
 
+    def line(row: Row) -> str:
+        cells = [cell(row[column]) for column in COLUMNS]
+        cells[0] += "" if row["passed"] else " (the test failed)"
+        return f"| {' | '.join(cells)} |"
+
     names = list(dict.fromkeys(row["name"] for row in rows))
     return [
         f"| {' | '.join(COLUMNS.values())} |",
         "|---" * len(COLUMNS) + "|",
-        *(
-            f"| {' | '.join(cell(row[column]) for column in COLUMNS)} |"
-            for row in sorted(rows, key=lambda row: names.index(row["name"]))
-        ),
+        *map(line, sorted(rows, key=lambda row: names.index(row["name"]))),
     ]
 
 
+def last_two(rows: list[Row]) -> list[Row]:
+    """The last two runs of each."""
+    left: Counter[str] = Counter()
+    kept = []
+    for row in reversed(rows):
+        left[row["name"]] += 1
+        if left[row["name"]] <= 2:
+            kept.append(row)
+    return kept[::-1]
+
+
 def often(rows: list[Row]) -> str:
-    """How often each ran, as a sentence."""
+    """How often each ran, and what failed, as sentences."""
     runs = Counter(row["name"] for row in rows)
     once = [name for name, count in runs.items() if count == 1]
-    if not once:
-        return "Each ran twice or more."
-    if len(once) == len(runs):
-        return "Each ran once."
-    return f"Each ran twice or more, but for these, which ran once: {'; '.join(once)}."
+    failed = sorted({row["name"] for row in rows if not row["passed"]})
+    told = f"Once only: {'; '.join(once)}." if once else "Each twice, one after the other."
+    return told + (f" **Not as it should be: {'; '.join(failed)}.**" if failed else "")
 
 
 def places(rows: list[Row]) -> str:
@@ -64,6 +76,7 @@ def places(rows: list[Row]) -> str:
 
 
 def write(path: Path, rows: list[Row]) -> None:
+    rows = last_two(rows)
     where = f"Measured {places(rows)}. {often(rows)}"
     head = Path(__file__).with_name("reliability.md").read_text()
     path.write_text("\n".join([head, where, "", *table(rows), ""]))

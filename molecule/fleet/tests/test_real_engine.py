@@ -23,6 +23,7 @@ MODEL = "smollm2-135m-instruct"
 # What the fleet's stand-in has otherwise.
 VARIABLES_OF_IT = {
     "vllm_image_archive": "",
+    "vllm_image_builder": ITS_SERVER,
     "vllm_model_catalogue": yaml.safe_load((ROOT / "group_vars/all/models.yml").read_text())[
         "vllm_model_catalogue"
     ],
@@ -46,7 +47,11 @@ def real(tmp_path: Path) -> Iterator[Path]:
     inventory.write_text(yaml.safe_dump(INVENTORY | {"k80_servers": with_it}))
     try:
         # Not under load: it would take the processors of the engines, which share this machine.
-        code, said = play(playbook_of("vllm_image", tmp_path), inventory=inventory)
+        code, said = play(
+            playbook_of("vllm_image", tmp_path),
+            inventory=inventory,
+            vllm_image_base_image="vllm-k80-base:debian12",  # as of the inventory
+        )
         assert code == 0, said
         yield inventory
     finally:

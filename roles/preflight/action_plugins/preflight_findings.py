@@ -1146,10 +1146,16 @@ def plan_flags(instance: dict[str, Any]) -> list[str] | None:
     parser.add_argument("--quantization", "-q")
     parser.add_argument("--tensor-parallel-size", "-tp", default=dies)
     # With these it is another account, or another model.
-    for flag in ("--pipeline-parallel-size", "-pp", "--hf-overrides", "--hf-config-path"):
+    others = ("--pipeline-parallel-size", "-pp", "--hf-overrides", "--hf-config-path", "--config")
+    for flag in others:
         parser.add_argument(flag, dest="other")
     try:
-        given, _ = parser.parse_known_args(instance["flags"])
+        # vLLM takes --max_model_len as well.
+        flags = [
+            re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), flag)
+            for flag in instance["flags"]
+        ]
+        given, _ = parser.parse_known_args(flags)
     except argparse.ArgumentError:
         return None
     if given.other is not None:

@@ -121,6 +121,8 @@ SETTINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 NETWORK = (URLError, ConnectionError, TimeoutError, ssl.SSLError, HTTPException)
 # Answers after which the same question may do better.
 PASSING = (408, 425, 429, 500, 502, 503, 504)
+MOVED = (301, 302, 303, 307, 308)
+REDIRECTS = 10
 TRIES = 5  # in a row that bring nothing
 SPARE = 1 << 30  # bytes that a download leaves free, for the server itself
 PART = 1 << 28  # bytes that are sent at once: what an interrupted run loses
@@ -653,22 +655,34 @@ class Store:
         return int(length) if length.isdigit() else None
 
     def open(self, url: str, start: int = 0) -> Any:
-        """The answer to a GET of what is behind the first bytes."""
+        """The answer to a GET of what is behind the first bytes.
+
+        Redirects are followed here, for the token's sake: a hub sends small files on to another
+        address of its own, which wants it, and large ones to storage elsewhere, which must not see
+        it.
+        """
         headers = {"Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
         token = self.module.params["hub_token"] if self.source["source"] == "hub" else ""
         if token:
             headers["Authorization"] = f"Bearer {token}"
-        # A hub sends downloads on to storage elsewhere, which is not to see the token.
-        return open_url(
-            url,
-            headers=headers,
-            unredirected_headers=["Authorization"],
-            use_netrc=not token,  # it would take the token's place
-            timeout=60,
-            decompress=False,
-        )
+        for left in reversed(range(REDIRECTS + 1)):
+            try:
+                return open_url(
+                    url,
+                    headers=headers,
+                    use_netrc=not token,  # it would take the token's place
+                    timeout=60,
+                    decompress=False,
+                    follow_redirects="none",
+                )
+            except HTTPError as error:
+                if error.code not in MOVED or not left:
+                    raise
+                if urlsplit(error.url)[:2] != urlsplit(url)[:2]:
+                    headers.pop("Authorization", None)
+                url = error.url
 
     def from_pypi(self) -> tuple[bool, dict[str, str]]:
         # The version is for people. With the rest, a corrected entry is another revision.

@@ -7,7 +7,7 @@ a block of 256; their product becomes the scale, rounded to FP16.
 Block formats: ggml-common.h and ggml-quants.c of https://github.com/ggml-org/ggml.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from vllm_k80.architectures import gguf_refusal
 from vllm_k80.quantization import gguf_header
 from vllm_k80.quantization.gguf_file import INSTEAD, SUPPORTED_TYPES, shared_reader
 from vllm_k80.quantization.linear import CardConfig, apply, attach, register_config
-from vllm_k80.quantization.loader import CachingLoader
+from vllm_k80.quantization.loader import CachingLoader, check_range
 from vllm_k80.quantization.packed import PackedWeight, concatenate, pair
 
 # Bytes of a tensor that are repacked at a time. What is made of them on the way takes some times as
@@ -247,7 +247,12 @@ class K80GGUFConfig(CardConfig, upstream.GGUFConfig):
 
 
 class K80GGUFModelLoader(CachingLoader, GGUFModelLoader):
-    """Upstream's loader; the file's header is parsed once instead of once a question."""
+    """Upstream's loader; the file's header is parsed once instead of once a question.
+
+    Nothing becomes infinite unsaid when an FP32 tensor is stored as FP16.
+    """
+
+    _narrow = False
 
     def checkpoint_files(self, model: torch.nn.Module, model_config: Any) -> list[Path]:
         return [Path(self._prepare_weights(model_config.model))]
@@ -256,11 +261,21 @@ class K80GGUFModelLoader(CachingLoader, GGUFModelLoader):
         header = gguf_header.read(Path(model_config.model))
         if refusal := gguf_refusal(header.fields):
             raise ValueError(f"{model_config.model}: {refusal}")
+        self._narrow = model_config.dtype == torch.float16
         # Upstream builds the Hugging Face model without weights, to learn its names, and
         # transformers refuses its default attention below torch 2.1.1.
         model_config.hf_config._attn_implementation = "eager"
         with shared_reader():
             return super().load_model(vllm_config=vllm_config, model_config=model_config)
+
+    def _get_weights_iterator(
+        self, model_name_or_path: str, gguf_to_hf_name_map: dict[str, str]
+    ) -> Iterator[tuple[str, Tensor]]:
+        weights = super()._get_weights_iterator(model_name_or_path, gguf_to_hf_name_map)
+        for name, tensor in weights:
+            if self._narrow:
+                check_range(name, tensor)
+            yield name, tensor
 
 
 def _extra_tensor_names(path: str, name_map: dict[str, str]) -> list[str]:
