@@ -63,12 +63,12 @@ test-all: test test-hosts ## Both, updates and the doctor, a fleet, and a server
 	@$(MAKE) --jobs=2 $(MORE_SCENARIOS:%=scenario-%)
 
 # One scenario alone, such as scenario-driver.
-scenario-%: venv
+scenario-%: venv packages
 	@pytest 'tests/test_molecule.py::test_scenario[$*]' -m molecule --capture=no
 
 # What they say is shown when they have ended, not between the lines of the scenario.
 .PHONY: test-apart
-test-apart: venv
+test-apart: venv packages
 	@mkdir -p build; { $(MAKE) lint && $(MAKE) test-package && $(MAKE) test-unit; } > build/test-apart.log 2>&1; \
 	status=$$?; cat build/test-apart.log; exit $$status
 
@@ -76,18 +76,21 @@ test-apart: venv
 test-fast: venv ## Lints, and the tests that need no Docker, no engine, no playbook and no HAProxy (under 3 minutes)
 	@$(MAKE) --jobs=2 --output-sync=target test-unit-fast lint test-package-fast
 
+# Before whatever runs beside it: apt-get runs once at a time, and a scenario's tests want the browser, too.
+.PHONY: packages
+packages:
+	@tools/test-packages
+
 .PHONY: lint
 lint: venv ## All lints
 	@tools/lint
 
 .PHONY: test-unit
-test-unit: venv ## Tests of the roles' checks, of the inventory and of the tools
-	@tools/test-packages
+test-unit: venv packages ## Tests of the roles' checks, of the inventory and of the tools
 	@pytest tests
 
 .PHONY: test-unit-fast
-test-unit-fast: venv ## Those of them that take no seconds each
-	@tools/test-packages
+test-unit-fast: venv packages ## Those of them that take no seconds each
 	@pytest tests -m 'not molecule and not slow'
 
 .PHONY: test-package

@@ -152,6 +152,10 @@ FORMATS: dict[str, tuple[Quantize, dict[str, Any]]] = {
         compressed(4, 128, False),
         compressed_config(num_bits=4, strategy="group", group_size=128, symmetric=False),
     ),
+    "w4a16, symmetric": (
+        compressed(4, 128, True),
+        compressed_config(num_bits=4, strategy="group", group_size=128, symmetric=True),
+    ),
     "w8a16": (
         compressed(8, -1, True),
         compressed_config(num_bits=8, strategy="channel", symmetric=True),
@@ -160,6 +164,8 @@ FORMATS: dict[str, tuple[Quantize, dict[str, Any]]] = {
 # The same of other architectures of which quantized releases are public: format, and changes of
 # CONFIG. Biases, norms of heads, tensors that are stored fused, layers to which vLLM gives no name.
 UNGROUPED = {"num_key_value_heads": CONFIG["num_attention_heads"]}
+# Or a token's own embedding would outweigh all layers, and the next token be the last one.
+TIED = {"tie_word_embeddings": True, "initializer_range": 0.01}
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "a Qwen2, awq": ("awq", {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}),
     "a Qwen3, w4a16": (
@@ -173,6 +179,38 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "a GPT-NeoX, gptq": (
         "gptq 4 bits",
         {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"} | UNGROUPED,
+    ),
+    "a Mistral, awq": ("awq", {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}),
+    "a Granite, w4a16": (
+        "w4a16, symmetric",
+        {"architectures": ["GraniteForCausalLM"], "model_type": "granite"},
+    ),
+    "a Gemma 2, gptq": (
+        "gptq 4 bits",
+        {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "head_dim": 64}
+        | {"hidden_act": "gelu_pytorch_tanh"}
+        | TIED,
+    ),
+    "a Gemma 3, w4a16": (
+        "w4a16, symmetric",
+        {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": 64}
+        | {"layer_types": ["sliding_attention", "full_attention"]}
+        | TIED,
+    ),
+    "a StableLM, gptq": (
+        "gptq 4 bits",
+        {"architectures": ["StableLmForCausalLM"], "model_type": "stablelm"} | UNGROUPED,
+    ),
+    "a Falcon, gptq": (
+        "gptq 4 bits",
+        {"architectures": ["FalconForCausalLM"], "model_type": "falcon"}
+        | {"multi_query": True, "parallel_attn": True, "bias": False, "alibi": False}
+        | {"tie_word_embeddings": False, "intermediate_size": 4 * CONFIG["hidden_size"]},
+    ),
+    "a SmolLM3, w4a16": (
+        "w4a16, symmetric",
+        {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "pad_token_id": 0}
+        | {"tie_word_embeddings": True},
     ),
     "an OPT, gptq": (
         "gptq 8 bits",
@@ -269,11 +307,14 @@ def _model(config: dict[str, Any]) -> torch.nn.Module:
 
 
 def _is_linear(key: str) -> bool:
-    return key.endswith(".weight") and not re.search("norm|embed|head", key)
+    return key.endswith(".weight") and not re.search("norm|ln_f|embed|head", key)
 
 
 def _expected(config: dict[str, Any], state: dict[str, Tensor]) -> list[int] | None:
-    """Greedy tokens of Hugging Face's model with these weights; None where two were near a tie."""
+    """Greedy tokens of Hugging Face's model with these weights.
+
+    None where two were near a tie, or where it repeats itself, which little of it may decide.
+    """
     model = _model(config)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert set(missing) <= {"lm_head.weight"}
@@ -285,7 +326,8 @@ def _expected(config: dict[str, Any], state: dict[str, Tensor]) -> list[int] | N
         if best.values[0] - best.values[1] < 1e-2:
             return None
         ids.append(int(best.indices[0]))
-    return ids[len(PROMPT) :]
+    tokens = ids[len(PROMPT) :]
+    return tokens if len(set(tokens)) > 2 else None
 
 
 def _weights(config: dict[str, Any]) -> dict[str, Tensor]:
@@ -293,8 +335,9 @@ def _weights(config: dict[str, Any]) -> dict[str, Tensor]:
     if config.get("tie_word_embeddings"):
         del state["lm_head.weight"]
     # Off centre, so that zero points differ from the middle.
+    offset = 0.1 * config["initializer_range"]
     return {
-        name: part + 0.1 * torch.randn(len(part), 1) if _is_linear(name) else part
+        name: part + offset * torch.randn(len(part), 1) if _is_linear(name) else part
         for name, part in state.items()
     }
 
@@ -551,15 +594,14 @@ def test_f16_is_stored_as_fp16(results: dict[str, Any]) -> None:
 
 def _write_for_two_dies(root: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
     torch.manual_seed(37)
-    jobs, expected = _write(root, OF_TWO_DIES, 512)
-    del jobs["gptq 4 bits"]  # whose columns are reordered: refused for two dies
-    return jobs, expected
+    return _write(root, OF_TWO_DIES, 512)
 
 
 def test_two_dies_give_the_same_tokens_and_again_from_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs, expected = _write_for_two_dies(tmp_path)
+    del jobs["gptq 4 bits"]  # whose columns are reordered: refused for two dies
     together = {
         "tensor_parallel_size": 2,
         "distributed_executor_backend": "external_launcher",
@@ -591,7 +633,7 @@ def test_what_is_planned_is_what_is_allocated(name: str, results: dict[str, Any]
     limits = memory.Limits(tokens=2048, sequences=2)
     assert budget == pytest.approx(memory.left(model, limits), rel=0.001)
     assert profiled == 1 << 30
-    if cache * 64 > 40_000:
+    if cache * (64 + 16) > 40_000:  # a page is kept empty
         shown = "model.gguf" if options["model"].endswith(".gguf") else name
         assert refusal.startswith(f"{shown} does not fit: one sequence of 64 tokens needs 0.00 GB")
         halved = "The nearest that fits: --dtype half (FP16 activations and KV cache)."
@@ -599,7 +641,9 @@ def test_what_is_planned_is_what_is_allocated(name: str, results: dict[str, Any]
         none = "No setting makes it fit; choose a smaller model."
         shared = "The nearest that fits: --tensor-parallel-size 2 (two dies)."
         nearest = shared if name == "qwen3" else halved  # its heads are the widest
-        assert refusal.endswith(none if name in GGUF_FILES else nearest)
+        # Of Gemma 2 vLLM refuses FP16 activations.
+        narrowest = name in GGUF_FILES or "Gemma 2" in name
+        assert refusal.endswith(none if narrowest else nearest)
     else:
         assert refusal is None
 
