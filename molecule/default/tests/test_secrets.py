@@ -78,7 +78,8 @@ def test_it_is_in_files_for_root_alone(server: Server) -> None:
             continue
         assert path.startswith(("/etc/haproxy/", "/etc/vllm-k80/")), path
         assert server.run(f"stat --format '%a %U' {path}") == "600 root", path
-    # Of users' keys there are only hashes.
+    # Of users' keys there are only hashes, which nobody else sees either.
+    assert server.run("stat --format '%a %U' /etc/haproxy/vllm-k80-keys.map") == "600 root"
     assert files_with(server, USERS_KEY, "root", *places.split()) == set()
 
 
