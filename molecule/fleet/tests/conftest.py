@@ -158,9 +158,11 @@ def retried(since: str) -> int:
     return sum(int(on(gateway, count.format(since))) for gateway in GATEWAYS)
 
 
+KEY = yaml.safe_load(VARIABLES.read_text())["gateway_api_keys"][0]["key"]  # a user's
+
+
 def load_on_fleet() -> Load:
-    key = yaml.safe_load(VARIABLES.read_text())["gateway_api_keys"][0]["key"]
-    return Load(URLS, key)
+    return Load(URLS, KEY)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import openai
 import pytest
 import yaml
-from conftest import INVENTORY, INVENTORY_FILE, SERVERS, URLS, VARIABLES, Fault, on
+from conftest import INVENTORY, INVENTORY_FILE, KEY, SERVERS, URLS, Fault, on
 from scenario import ROOT, play, playbook_of
 from test_faults import fewer
 from test_operations import good
@@ -60,8 +60,7 @@ def real(tmp_path: Path) -> Iterator[Path]:
 
 
 def client(url: str) -> openai.OpenAI:
-    key = yaml.safe_load(VARIABLES.read_text())["gateway_api_keys"][0]["key"]
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, timeout=120, max_retries=0)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, timeout=120, max_retries=0)
 
 
 def answer(of: openai.OpenAI) -> str:
