@@ -104,7 +104,7 @@ test-package-fast: venv ## Those of them that start no engine and build no wheel
 	@cd vllm-k80-src && ../build/py311/bin/python -m pytest -m 'not engine and not wheel'
 
 .PHONY: test-reliability
-test-reliability: venv ## A fleet under load while things break, twice each: renews docs/reliability.md (three hours)
+test-reliability: venv ## A fleet under load while things break, twice each: renews docs/reliability.md (three hours, by its parts)
 	@RELIABILITY=1 molecule test --scenario-name fleet
 
 ## ---- look at the kernels
