@@ -111,8 +111,19 @@ class Server:
         self.answer("modinfo", DRIVER + "\n")
         self.answer("nvidia-ctk", SPECIFICATION)
         self.answer("journalctl", "Linux version 6.1\n")
-        self.answer("dpkg-query", "nvidia-container-toolkit installed 1.17.8-1\n")
+        self.answer("dpkg-query", "nvidia-container-toolkit hold installed 1.17.8-1\n")
         self.answer("systemctl is-active", "active\n")
+        # Each instance's engine, as the driver sees it.
+        self.answer("docker inspect", "/vllm-k80-die0\n")
+        self.computes(*((uuid, 100) for uuid in UUIDS[:1]))
+
+    def computes(self, *processes: tuple[str, int], container: str = "a" * 64) -> None:
+        """Programs that compute, by die's UUID and PID, in a container or in none."""
+        for _, pid in processes:
+            self.file(f"proc/{pid}/cgroup", f"0::/system.slice/docker-{container}.scope\n")
+            self.file(f"proc/{pid}/comm", "python3\n")
+        rows = "".join(f"{uuid}, {pid}\n" for uuid, pid in processes)
+        self.answer("nvidia-smi --query-compute-apps=gpu_uuid,pid", rows)
 
     def healthy_die(self, number: int) -> dict[str, str]:
         values = dict.fromkeys(self.fields, "0") | {
@@ -432,6 +443,14 @@ FAULTS: dict[str, tuple[Fault, dict[str, str], list[str]]] = {
         {"nouveau": "warn"},
         [],
     ),
+    "nouveau in an initramfs of before": (
+        both(
+            content(f"boot/initrd.img-{KERNEL}", ""),
+            lambda s: os.utime(s.root / f"boot/initrd.img-{KERNEL}", (0, 0)),
+        ),
+        {"nouveau": "warn"},
+        [],
+    ),
     "Secure Boot": (
         both(
             content("sys/firmware/efi/efivars/SecureBoot-8be4", "\6\0\0\0\1"),
@@ -541,6 +560,11 @@ FAULTS: dict[str, tuple[Fault, dict[str, str], list[str]]] = {
         {"boot-units": "warn"},
         [],
     ),
+    "unit failed": (
+        unit("k80-nvidia-cdi.service", ActiveState="failed"),
+        {"failed-units": "warn"},
+        [],
+    ),
     "ports open": (
         lambda s: (s.listen_on_the_network(), s.answer("nft", "No such file", 1)),
         {"firewall": "warn"},
@@ -554,14 +578,19 @@ FAULTS: dict[str, tuple[Fault, dict[str, str], list[str]]] = {
         [],
     ),
     "toolkit of another version": (
-        answer("dpkg-query", "nvidia-container-toolkit installed 1.18.0-1\n"),
+        answer("dpkg-query", "nvidia-container-toolkit hold installed 1.18.0-1\n"),
         {"toolkit": "warn"},
         [],
     ),
     "toolkit removed": (
-        answer("dpkg-query", "nvidia-container-toolkit config-files 1.17.8-1\n"),
+        answer("dpkg-query", "nvidia-container-toolkit hold config-files 1.17.8-1\n"),
         {"toolkit": "fail"},
         ALL,
+    ),
+    "toolkit not held": (
+        answer("dpkg-query", "nvidia-container-toolkit install installed 1.17.8-1\n"),
+        {"held": "warn"},
+        [],
     ),
     "no runtime": (lambda s: s.docker["info"]["Runtimes"].clear(), {"runtime": "fail"}, ALL),
     "no program of the runtime": (
@@ -645,6 +674,24 @@ FAULTS: dict[str, tuple[Fault, dict[str, str], list[str]]] = {
         {"instance-liveness": "warn"},
         SECOND,
     ),
+    "another's container computes": (
+        both(
+            lambda s: s.computes((UUIDS[1], 300)),
+            answer("docker inspect", "/somebody\n"),
+        ),
+        {"die-shared": "warn"},
+        SECOND,
+    ),
+    "an instance computes on another's die": (
+        lambda s: s.computes((UUIDS[1], 100)),
+        {"die-shared": "warn"},
+        SECOND,
+    ),
+    "a program in no container computes": (
+        lambda s: s.computes((UUIDS[0], 300), container=""),
+        {"die-shared": "warn"},
+        FIRST,
+    ),
     "die not openable in its container": (
         lambda s: s.inside["die0"]["nodes"].update({"/dev/nvidia0": "EPERM"}),
         {"container-die": "fail"},
@@ -699,6 +746,41 @@ def test_every_check_has_a_fault_that_it_names(doctor: ModuleType) -> None:
     # Each of these has a test of its own below.
     named |= {"declared", "driver-hangs", "instance-ready"}
     assert named == {check.name for check in doctor.CHECKS}
+
+
+def test_who_else_computes_is_named(server: Server) -> None:
+    server.computes((UUIDS[0], 300), container="")
+    _, report = server.examine()
+    told_of = f"die {DIES[0]}, which is instance die0's, has python3 (PID 300)"
+    assert detail(report, "die-shared") == told_of
+    server.computes((UUIDS[0], 300))
+    server.answer("docker inspect", "/somebody\n")
+    _, report = server.examine()
+    assert detail(report, "die-shared") == f"{told_of} of container somebody"
+    # Gone before it could be looked at, as when an instance restarts.
+    shutil.rmtree(server.root / "proc/300")
+    assert server.examine()[0] == 0
+    # A die that no instance has is anybody's.
+    server.computes((UUIDS[0], 300))
+    server.declared["instances"] = server.declared["instances"][1:]
+    assert "die-shared" not in told(server.examine()[1])
+
+
+def test_an_initramfs_is_old_for_the_driver_s_role_as_well(
+    server: Server, doctor: ModuleType, load_module: Callable[[str], ModuleType]
+) -> None:
+    driver = load_module("roles/nvidia_driver/library/nvidia_driver_state.py")
+    driver.BOOT = str(server.root / "boot")
+    conf = server.root / "etc/modprobe.d/k80-nouveau.conf"
+    for name in (f"initrd.img-{KERNEL}", f"initramfs-{KERNEL}.img"):
+        image = server.root / "boot" / name
+        image.write_text("")
+        for made in (0, 2**32):
+            os.utime(image, (made, made))
+            old = doctor.look_at_system(str(server.root))["old_initramfs"]
+            assert old == ([name] if driver.initramfs_is_old(KERNEL, str(conf)) else [])
+            assert bool(old) == (made == 0)
+        image.unlink()
 
 
 def test_an_instance_that_does_not_generate(

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -187,31 +187,43 @@ def ask(client: openai.OpenAI) -> Callable[..., str]:
     """Asks one question and returns the answer."""
     model = client.models.list().data[0].id
 
-    def ask(question: str = "What is the capital of France?", max_tokens: int = 24) -> str:
-        completion = client.chat.completions.create(
+    def ask(
+        question: str = "What is the capital of France?", max_tokens: int = 24, stream: bool = False
+    ) -> str:
+        answer = client.chat.completions.create(
             model=model,
             messages=[{"role": "user", "content": question}],
             max_tokens=max_tokens,
             temperature=0,
+            stream=stream,
         )
-        return completion.choices[0].message.content or ""
+        if not isinstance(answer, openai.Stream):
+            return answer.choices[0].message.content or ""
+        choices = [choice for event in answer for choice in event.choices]
+        assert choices[-1].finish_reason, f"a stream was cut after {len(choices)} events"
+        return "".join(choice.delta.content or "" for choice in choices)
 
     return ask
 
 
 @contextmanager
-def asked_all_the_time(ask: Callable[..., str], users: int = 2) -> Iterator[list[str]]:
-    """Users who ask one question after the other, and read; every one of them is answered."""
+def asked_all_the_time(
+    ask: Callable[..., str], streams: Sequence[bool] = (False, True)
+) -> Iterator[list[str]]:
+    """Users who ask one question after the other, and read; every one of them is answered.
+
+    Each of them has streams or not. What breaks an instance may cut those that it has.
+    """
     answers: list[str] = []
     done = threading.Event()
 
-    def user() -> None:
+    def user(stream: bool) -> None:
         while not done.is_set():
-            answers.append(ask("Tell me a story about a river.", max_tokens=48))
+            answers.append(ask("Tell me a story about a river.", max_tokens=48, stream=stream))
             done.wait(2)
 
-    with ThreadPoolExecutor(users) as pool:
-        asking = [pool.submit(user) for _ in range(users)]
+    with ThreadPoolExecutor(len(streams)) as pool:
+        asking = [pool.submit(user, stream) for stream in streams]
         try:
             yield answers
         finally:

@@ -23,6 +23,9 @@ BOARD = f"{PCI}/0000:03:00.0"
 SMI = "/run/k80-emulator/nvidia-smi"
 SPECIFICATION = "/run/cdi/nvidia.yaml"
 DECLARED = "/etc/vllm-k80/doctor.json"
+NOUVEAU_CONF = "/etc/modprobe.d/k80-nouveau.conf"
+SETTINGS_PROGRAM = "/usr/local/lib/vllm-k80/nvidia-settings"
+DAEMON = "/etc/docker/daemon.json"
 RUNTIME_CONFIG = "/etc/nvidia-container-runtime/config.toml"
 MODEL = "/var/lib/vllm-k80/models/smollm2-135m-instruct/*"
 # After it the next probe of either instance is 30 s away.
@@ -108,6 +111,34 @@ FIRST, SECOND, ALL, NONE = [DIES[0]], [DIES[1]], [*DIES], []  # type: ignore[var
 
 # name: ((what injects it, what undoes it), the checks that are not well, the dies that are not)
 FAULTS = {
+    "nouveau has a die": (
+        (
+            f"link=$(readlink -f {PCI}/{DIES[1]})/driver; was=$(readlink $link);"
+            " ln -sfn /sys/bus/pci/drivers/nouveau $link",
+            "ln -sfn $was $link",
+        ),
+        {"nouveau": "fail"},
+        SECOND,
+    ),
+    "nouveau in an initramfs of before": (
+        (
+            f"touch -d '1 hour ago' /boot/initrd.img-old; touch {NOUVEAU_CONF}",
+            f"rm /boot/initrd.img-old {NOUVEAU_CONF}",
+        ),
+        {"nouveau": "warn"},
+        NONE,
+    ),
+    "no nvidia-smi": (without("/usr/local/bin/nvidia-smi"), {"driver-installed": "fail"}, ALL),
+    "driver fails": (
+        nvidia_smi(message="Unknown Error", exit_code="255"),
+        {"driver-answers": "fail"},
+        ALL,
+    ),
+    "InfoROM corrupted": (
+        (f"touch {STATE}/dies/{DIES[0]}/inforom_corrupted", f"rm {STATE}/dies/*/inforom_corrupted"),
+        {"inforom": "warn"},
+        FIRST,
+    ),
     "die taken out": (without(f"{PCI}/{DIES[1]}"), {"die-present": "fail"}, SECOND),
     "BAR unassigned": (
         written(f"{PCI}/{DIES[0]}/resource", "0x0 0x0 0x0\\n0x0 0x0 0x0\\n"),
@@ -224,6 +255,24 @@ FAULTS = {
         {"boot-units": "warn"},
         NONE,
     ),
+    "unit failed": (
+        (
+            f"mv {SETTINGS_PROGRAM} /root/kept; ! systemctl restart k80-nvidia-settings;"
+            f" mv /root/kept {SETTINGS_PROGRAM}",
+            "systemctl restart k80-nvidia-settings",
+        ),
+        {"failed-units": "warn"},
+        NONE,
+    ),
+    "containers outlive Docker": (
+        (
+            f'cp --preserve {DAEMON} /root/kept; sed -i \'s/"live-restore": false/"live-restore":'
+            f" true/' {DAEMON}; systemctl reload docker; sleep 2",
+            f"mv /root/kept {DAEMON}; systemctl reload docker; sleep 2",
+        ),
+        {"live-restore": "warn"},
+        NONE,
+    ),
     "Docker fails": (program("docker", "exit 1"), {"docker": "fail"}, ALL),
     "Docker hangs": (program("docker", "sleep 60"), {"docker": "fail"}, ALL),
     "packages of two versions": (
@@ -232,6 +281,11 @@ FAULTS = {
             "/^Package: libnvidia-container1$/,/^$/ s/^Version: .*/Version: 1.18.0-1/",
         ),
         {"toolkit": "warn"},
+        NONE,
+    ),
+    "a package not held": (
+        ("apt-mark unhold libnvidia-container1", "apt-mark hold libnvidia-container1"),
+        {"held": "warn"},
         NONE,
     ),
     "runtime in legacy mode": (
@@ -327,6 +381,17 @@ FAULTS = {
             PROBE,
         ),
         {"instance-ready": "fail"},
+        SECOND,
+    ),
+    "another container computes on a die": (
+        (
+            # The instance's own engine does, too.
+            "docker run --detach --rm --name another vllm-k80-base:debian12 sleep 600;"
+            f" another=$(docker inspect --format '{{{{.State.Pid}}}}' another);"
+            f" echo $({PID_OF_DIE1}) $another > {STATE}/dies/{DIES[1]}/processes",
+            f"rm {STATE}/dies/{DIES[1]}/processes; docker kill another",
+        ),
+        {"die-shared": "warn"},
         SECOND,
     ),
     "container cannot open its die": (

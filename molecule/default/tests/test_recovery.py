@@ -48,11 +48,13 @@ def busy_instance(server: Server) -> Instance:
     pytest.fail("no instance has a request under way")
 
 
-def test_a_killed_container_comes_back(server: Server) -> None:
+def test_a_killed_container_comes_back(server: Server, ask: Callable[..., str]) -> None:
     instance = server.instances[0]
     old = server.container_id(instance)
-    server.run(f"docker kill {instance.unit}")
-    replaced(server, instance, old, timeout=60)
+    with asked_all_the_time(ask, streams=[False]) as answers:
+        server.run(f"docker kill {instance.unit}")
+        replaced(server, instance, old, timeout=60)
+    assert len(set(answers)) == 1
 
 
 def test_a_request_under_way_is_answered_by_the_other_instance(
@@ -134,7 +136,7 @@ def test_a_hung_engine_is_restarted(server: Server, ask: Callable[..., str]) -> 
     assert "T" in server.run(f"ps -o stat= {engine}")
     health = "import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:8000/health'))"
     assert "HTTPResponse" in server.in_container(instance, health)
-    with asked_all_the_time(ask, users=1) as answers:
+    with asked_all_the_time(ask, streams=[False]) as answers:
         replaced(server, instance, old, timeout=START)
     assert len(set(answers)) == 1
     said = server.run(f"journalctl --unit {instance.unit}-liveness --output cat --since @{began}")

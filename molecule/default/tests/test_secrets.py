@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from conftest import HOST_VARS, Server
+from scenario import ROOT
 
 VARIABLES = yaml.safe_load(HOST_VARS.read_text())
 INSTANCE_KEY = VARIABLES["vllm_instance_api_key"]
@@ -99,6 +104,15 @@ def test_another_user_of_the_server_finds_it_nowhere(server: Server) -> None:
     )
     assert result.rc != 0
     assert INSTANCE_KEY not in result.stdout
+
+
+def test_no_fact_has_it(key: str) -> None:
+    """What Ansible knows of the server by asking it: facts of its own, too."""
+    setup = [Path(sys.executable).with_name("ansible"), "all", "--module-name=setup"]
+    inventory = f"--inventory={os.environ['MOLECULE_INVENTORY_FILE']}"
+    done = subprocess.run([*setup, inventory], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert '"ansible_local"' in done.stdout
+    assert key not in done.stdout + done.stderr
 
 
 def test_what_the_doctor_tells_has_none(server: Server) -> None:

@@ -17,6 +17,7 @@ import openai
 sys.path.insert(0, str(Path(__file__).parents[1] / "stand-in"))
 import answers
 
+LONG = 300  # tokens, which take the stand-in six seconds
 # A gateway that does not take the connection in this time is left for the other one.
 TIMEOUT = httpx2.Timeout(120, connect=3)
 
@@ -63,6 +64,20 @@ class Load:
     def count(self) -> Counter[str]:
         return Counter(answer.outcome for answer in self.answers)
 
+    def open_streams(self, number: int) -> None:
+        """More of the load: long streams, all of which have begun when this returns."""
+
+        async def open_them() -> None:
+            begun = [asyncio.Event() for _ in range(number)]
+            # Numbers that no other request has, and of streams.
+            for index, event in enumerate(begun):
+                asking = self._ask(-2 * index - 2, self._clients, LONG, event)
+                self._asking.append(asyncio.create_task(asking))
+            async with asyncio.timeout(30):
+                await asyncio.gather(*(event.wait() for event in begun))
+
+        asyncio.run_coroutine_threadsafe(open_them(), self._loop).result()
+
     def _run(self) -> None:
         try:
             asyncio.run(self._all())
@@ -72,23 +87,26 @@ class Load:
     async def _all(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             watching = tasks.create_task(self._watch())
-            clients = [
+            self._clients = [
                 openai.AsyncOpenAI(
                     base_url=f"{url}/v1", api_key=self.key, timeout=TIMEOUT, max_retries=0
                 )
                 for url in self.gateways
             ]
-            asking = []
+            self._asking: list[asyncio.Task[None]] = []
+            self._loop = asyncio.get_running_loop()
             due = time.monotonic()
             for number in itertools.count():
                 if self._end.is_set():
                     break
-                asking.append(tasks.create_task(self._ask(number, clients)))
+                count = 10 + number * 7 % 60
+                asking = self._ask(number, self._clients, count, asyncio.Event())
+                self._asking.append(tasks.create_task(asking))
                 due += 1 / self.per_second
                 await asyncio.sleep(due - time.monotonic())
-            await asyncio.gather(*asking)
+            await asyncio.gather(*self._asking)
             watching.cancel()
-        for client in clients:
+        for client in self._clients:
             await client.close()
 
     async def _watch(self) -> None:
@@ -109,20 +127,24 @@ class Load:
                 self.ready.append((time.monotonic(), list(counts)))
                 await asyncio.sleep(0.25)
 
-    async def _ask(self, number: int, clients: list[openai.AsyncOpenAI]) -> None:
-        begun = time.monotonic()
+    async def _ask(
+        self, number: int, clients: list[openai.AsyncOpenAI], count: int, begun: asyncio.Event
+    ) -> None:
+        asked = time.monotonic()
         turn = number // 2 % len(clients)
         own, *others = clients[turn:] + clients[:turn]
-        outcome, detail = await self._ask_one(number, own)
+        outcome, detail = await self._ask_one(number, own, count, begun)
         other = outcome == "unanswered"
         while outcome == "unanswered" and others:
-            outcome, detail = await self._ask_one(number, others.pop(0))
+            outcome, detail = await self._ask_one(number, others.pop(0), count, begun)
         if outcome == "unanswered":
             outcome = "failed"
-        self.answers.append(Answer(outcome, time.monotonic() - begun, detail, other))
+        self.answers.append(Answer(outcome, time.monotonic() - asked, detail, other))
 
-    async def _ask_one(self, number: int, client: openai.AsyncOpenAI) -> tuple[str, str]:
-        prompt, count = f"question {number}", 10 + number * 7 % 60
+    async def _ask_one(
+        self, number: int, client: openai.AsyncOpenAI, count: int, begun: asyncio.Event
+    ) -> tuple[str, str]:
+        prompt = f"question {number}"
         messages = [{"role": "user", "content": prompt}]
         tokens = answers.tokens(answers.chat_prompt(messages), count)
         expected = "".join(map(answers.text, tokens))
@@ -139,6 +161,8 @@ class Load:
             if isinstance(answer, openai.AsyncStream):
                 async for event in answer:
                     text += event.choices[0].delta.content or ""
+                    if text:
+                        begun.set()
                     end = event.choices[0].finish_reason
             else:
                 text, end = answer.choices[0].message.content or "", "length"
