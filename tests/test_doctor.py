@@ -837,6 +837,7 @@ def test_the_other_die_is_judged_when_one_is_lost(server: Server) -> None:
     _, report = server.examine()
     assert told(report) == {"die-lost": "fail", "temperature": "fail"}
     assert [die["checks"] for die in report["dies"]] == [["temperature"], ["die-lost"]]
+    assert "nvidia-smi" in detail(report, "die-shared")
 
 
 def test_a_driver_that_hangs_holds_nobody_up(server: Server) -> None:

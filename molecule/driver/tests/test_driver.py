@@ -43,25 +43,42 @@ def test_no_initial_ram_disk_lets_nouveau_in(host: Host) -> None:
         )
 
 
+def moved_away(pattern: str) -> tuple[str, str]:
+    """The first file of this pattern is gone."""
+    path = f"path=$(ls {pattern} | head -n1)"
+    return (
+        f"{path}; mv $path /root/kept; echo $path > /root/its-place",
+        "mv /root/kept $(cat /root/its-place)",
+    )
+
+
 @pytest.mark.parametrize(
-    ("check", "pattern"),
+    ("check", "fault"),
     [
-        ("nouveau", "/etc/modprobe.d/k80-nouveau.conf"),
-        ("driver-kernels", f"/lib/modules/*/updates/dkms/{MODULE}.ko*"),
+        ("nouveau", moved_away("/etc/modprobe.d/k80-nouveau.conf")),
+        # As of a kernel that was installed before.
+        (
+            "nouveau",
+            ("touch --date=2020-01-01 /boot/initrd.img-*", "touch /boot/initrd.img-*"),
+        ),
+        ("driver-kernels", moved_away(f"/lib/modules/*/updates/dkms/{MODULE}.ko*")),
+        ("held", (f"apt-mark unhold {MODULE}-smi", f"apt-mark hold {MODULE}-smi")),
     ],
 )
-def test_the_doctor_misses_what_is_gone(host: Host, check: str, pattern: str) -> None:
+def test_the_doctor_names_what_a_boot_or_an_upgrade_would_bring(
+    host: Host, check: str, fault: tuple[str, str]
+) -> None:
     def status() -> str:
         report = json.loads(host.run("k80-doctor --json").stdout)
         return next(str(row["status"]) for row in report["checks"] if row["name"] == check)
 
+    inject, undo = fault
     assert status() == "ok"
-    path = host.check_output(f"ls {pattern} | head -n1")
-    host.check_output(f"mv {path} /root/kept")
+    host.check_output(inject)
     try:
         assert status() == "warn"
     finally:
-        host.check_output(f"mv /root/kept {path}")
+        host.check_output(undo)
     assert status() == "ok"
 
 

@@ -1422,7 +1422,7 @@ class ActionModule(ActionBase):
                     host.model_doubts.setdefault(
                         name,
                         "whether it fits cannot be told before it is fetched; it is judged then,"
-                        " before any instance is restarted",
+                        " before any instance is restarted, if `vllm-k80 plan` knows its kind",
                     )
         return plans
 
