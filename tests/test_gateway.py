@@ -518,6 +518,29 @@ def test_instance_killed_between_checks(both: Gateway) -> None:
         assert (status, answer["port"]) == (200, alive.port)
 
 
+def test_the_dead_are_not_preferred_for_having_nothing_to_do(tmp_path: Path) -> None:
+    """A host went off with more instances than a request has tries; the other has much to do."""
+    instances = [Instance() for _ in range(6)]
+    *dead, alive = instances
+    with running(tmp_path, *instances, gateway_check_interval="20s") as gateway:
+        wait_until(lambda: gateway.ready_instances() == 6, "six ready instances")
+        for instance in instances:
+            instance.mode = "held"
+        with ThreadPoolExecutor(6) as pool:
+            held = [pool.submit(gateway.request) for _ in instances]
+            wait_until(lambda: all(each.seen for each in instances), "a request at each")
+            for instance in dead:
+                instance.released.set()
+                instance.stop()
+            wait_until(lambda: gateway.used("BACKEND") == 1, "the end of the others")
+            alive.mode = "answer"
+            for _ in range(6):
+                status, _, answer = gateway.request()
+                assert (status, answer["port"]) == (200, alive.port)
+            alive.released.set()
+            assert [request.result()[0] for request in held] == [200] * 6
+
+
 def test_stream_is_not_buffered(both: Gateway) -> None:
     turn = threading.Semaphore(0)
     for instance in both.instances:

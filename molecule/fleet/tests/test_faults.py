@@ -119,7 +119,8 @@ def test_a_disk_is_full(under_load: UnderLoad) -> None:
     )
     fill = f"""set -e
         mkdir -p /run/full
-        mount -t tmpfs -o size=1m full /run/full
+        kilobytes=$(du --summarize --total --block-size=1K {" ".join(places)} | tail -n1 | cut -f1)
+        mount -t tmpfs -o size=$((kilobytes + 1024))k full /run/full
         {moved}
         ! dd if=/dev/zero of=/run/full/filling bs=4k status=none
         docker kill vllm-k80-die0
