@@ -167,13 +167,6 @@ def test_what_computes_is_what_its_die_s_file_says(emulator: Emulator) -> None:
     assert emulator.smi("--query-compute-apps=pid", "--format=csv") == (0, ["pid", "12", "34"])
 
 
-def test_a_corrupted_inforom_is_told_after_what_was_asked(emulator: Emulator) -> None:
-    (emulator.die(1) / "inforom_corrupted").touch()
-    status, lines = emulator.smi("--query-gpu=uuid", "--format=csv,noheader")
-    told = "WARNING: infoROM is corrupted at gpu 00000000:06:00.0"
-    assert (status, lines) == (14, [*UUIDS, told])
-
-
 def test_only_what_has_a_node_is_seen(emulator: Emulator) -> None:
     (emulator.dev / "nvidia0").unlink()
     assert emulator.smi("-L") == (0, [f"GPU 0: Tesla K80 (UUID: {UUIDS[1]})"])

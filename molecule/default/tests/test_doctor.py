@@ -129,16 +129,6 @@ FAULTS = {
         NONE,
     ),
     "no nvidia-smi": (without("/usr/local/bin/nvidia-smi"), {"driver-installed": "fail"}, ALL),
-    "driver fails": (
-        nvidia_smi(message="Unknown Error", exit_code="255"),
-        {"driver-answers": "fail"},
-        ALL,
-    ),
-    "InfoROM corrupted": (
-        (f"touch {STATE}/dies/{DIES[0]}/inforom_corrupted", f"rm {STATE}/dies/*/inforom_corrupted"),
-        {"inforom": "warn"},
-        FIRST,
-    ),
     "die taken out": (without(f"{PCI}/{DIES[1]}"), {"die-present": "fail"}, SECOND),
     "BAR unassigned": (
         written(f"{PCI}/{DIES[0]}/resource", "0x0 0x0 0x0\\n0x0 0x0 0x0\\n"),
