@@ -113,9 +113,9 @@ class Server:
         self.answer("journalctl", "Linux version 6.1\n")
         self.answer("dpkg-query", "nvidia-container-toolkit hold installed 1.17.8-1\n")
         self.answer("systemctl is-active", "active\n")
-        # Each instance's engine, as the driver sees it.
+        # An instance's engine, as the driver sees it.
         self.answer("docker inspect", "/vllm-k80-die0\n")
-        self.computes(*((uuid, 100) for uuid in UUIDS[:1]))
+        self.computes((UUIDS[0], 100))
 
     def computes(self, *processes: tuple[str, int], container: str = "a" * 64) -> None:
         """Programs that compute, by die's UUID and PID, in a container or in none."""

@@ -247,18 +247,16 @@ FAULTS = {
     ),
     "unit failed": (
         (
-            f"mv {SETTINGS_PROGRAM} /root/kept; ! systemctl restart k80-nvidia-settings;"
-            f" mv /root/kept {SETTINGS_PROGRAM}",
+            "; ! systemctl restart k80-nvidia-settings; ".join(without(SETTINGS_PROGRAM)),
             "systemctl restart k80-nvidia-settings",
         ),
         {"failed-units": "warn"},
         NONE,
     ),
     "containers outlive Docker": (
-        (
-            f'cp --preserve {DAEMON} /root/kept; sed -i \'s/"live-restore": false/"live-restore":'
-            f" true/' {DAEMON}; systemctl reload docker; sleep 2",
-            f"mv /root/kept {DAEMON}; systemctl reload docker; sleep 2",
+        tuple(
+            f"{part}; systemctl reload docker; sleep 2"
+            for part in edited(DAEMON, 's/"live-restore": false/"live-restore": true/')
         ),
         {"live-restore": "warn"},
         NONE,
