@@ -35,10 +35,14 @@ def reported(
     return done, report
 
 
-def failures_of(
-    role: str, tasks_from: str, hosts: dict[str, dict[str, Any]], directory: Path
-) -> dict[str, str]:
-    """What those hosts on which a task fails say, in one line.
+def tasks_of(
+    role: str,
+    tasks_from: str,
+    hosts: dict[str, dict[str, Any]],
+    directory: Path,
+    *arguments: str,
+) -> list[dict[str, Any]]:
+    """The tasks, as reported, of a role on hosts that have programs of their own.
 
     Of a host's variables `programs` has by name what each prints, and how it ends.
     """
@@ -52,17 +56,25 @@ def failures_of(
         variables["programs"] = f"{programs}:{os.environ['PATH']}"
     play = {
         "hosts": "all",
-        "gather_facts": False,
+        "gather_facts": "{{ facts | default(false) }}",
         "vars": {"ansible_connection": "local", "ansible_python_interpreter": sys.executable},
         "environment": {"PATH": "{{ programs }}"},
         "tasks": [{"ansible.builtin.include_role": {"name": role, "tasks_from": tasks_from}}],
     }
     (directory / "hosts.yml").write_text(json.dumps({"all": {"hosts": hosts}}))
     (directory / "play.yml").write_text(json.dumps([play]))
-    _, report = reported(directory, "-i", "hosts.yml", "play.yml")
+    _, report = reported(directory, "-i", "hosts.yml", "play.yml", *arguments)
+    tasks: list[dict[str, Any]] = report["plays"][0]["tasks"]
+    return tasks
+
+
+def failures_of(
+    role: str, tasks_from: str, hosts: dict[str, dict[str, Any]], directory: Path
+) -> dict[str, str]:
+    """What those hosts on which a task fails say, in one line (hosts: see tasks_of)."""
     return {
         host: " ".join(result["msg"].split())
-        for task in report["plays"][0]["tasks"]
+        for task in tasks_of(role, tasks_from, hosts, directory)
         for host, result in task["hosts"].items()
         if result.get("failed")
     }

@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 import pytest
 from ansible.errors import AnsibleFilterError
+from made_up_run import tasks_of
 from scenario import play
 
 ROLE = Path(__file__).parent.parent / "roles" / "vllm_instance"
@@ -461,3 +462,38 @@ def test_an_update_ends_with_the_first_that_does_not_start(apply: Any) -> None:
     assert code == 2, said
     assert asked == ["die0 if stopped"]
     assert "instance die0: its die is dead." in said
+
+
+@pytest.mark.parametrize(
+    ("stop_at_failure", "together"),
+    [(False, [["one", "two"], ["two"]]), (True, [["one"], ["two"], ["two"]])],
+)
+def test_servers_go_through_their_instances_together(
+    stop_at_failure: bool, together: list[list[str]], tmp_path: Path
+) -> None:
+    """So that a fleet's first start takes as long as one server's.
+
+    Not where the first failure is to leave the others alone.
+    """
+    servers = {
+        name: {
+            "programs": {"nvidia-smi": (REPORT.replace("GPU-", f"GPU-{name}-"), 0)},
+            "preflight_dies": DIES[:count],
+            "vllm_instance_stop_at_failure": stop_at_failure,
+            "vllm_instance_api_key": "k" * 24,
+            "vllm_instance_bind_address": "127.0.0.1",
+            "vllm_instance_memory_mb": 8192,
+            "vllm_instance_model": "small",
+            "vllm_model_paths": MODELS,
+            "vllm_model_catalogue": {"small": {}, "large": {}},
+            "vllm_image_reference": "vllm-k80:1",
+        }
+        for name, count in (("one", 1), ("two", 2))
+    }
+    tasks = tasks_of("vllm_instance", "main", servers, tmp_path, "--check", "-e", "facts=true")
+    staged = [
+        sorted(task["hosts"])
+        for task in tasks
+        if task["task"]["name"].endswith("Stage the instance's environment")
+    ]
+    assert staged == together
