@@ -108,3 +108,27 @@ def test_a_role_without_specs_is_told(tmp_path: Path) -> None:
     assert told == [
         f"{tmp_path}/cache/meta/argument_specs.yml: is missing; it declares the role's options."
     ]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "is_told"),
+    [
+        ("tasks/main.yml", "- debug: {msg: '{{ cache_size }} MB'}\n  when: cache_size\n", True),
+        ("tasks/main.yml", "- debug: {msg: set cache_size}\n  when: cache_size | int > 5\n", False),
+        ("vars/main.yml", "__cache_more: '{{ cache_size + 1 }}'\n", True),
+        ("vars/main.yml", "__cache_more: '{{ cache_size | int + 1 }}'\n", False),
+        ("vars/main.yml", "__cache_most: '{{ [cache_size, 5] | max }}'\n", True),
+        ("templates/cache.j2", "{% if cache_size %}{{ cache_size }}{% endif %}\n", True),
+        ("templates/cache.j2", "size {{ cache_size }}m\n", False),
+    ],
+)
+def test_what_may_be_text_is_made_a_number(
+    tmp_path: Path, file: str, text: str, is_told: bool
+) -> None:
+    """`-e cache_size=0` is the text "0", which is as true as any other."""
+    path = tmp_path / "cache" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    sentence = f"{path}: cache_size may be text, and something depends on it; add `| int`."
+    told = [sentence] if is_told else []
+    assert check_role(tmp_path, SPECS, DEFAULTS) == (int(is_told), told)

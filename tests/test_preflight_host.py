@@ -558,6 +558,24 @@ def test_drivers_that_are_in_nobodys_way(server: Path, judge: Judge) -> None:
     assert judge(server) == ([], [])
 
 
+def test_installed_packages_are_told_by_name(server: Path, k80_host: ModuleType) -> None:
+    add_package(server, "haproxy", "2.6.12-1", status="deinstall ok config-files")
+    add_package(server, "socat", "1.7.4.4-2")
+    told = k80_host.look_at_host(
+        {
+            "root": str(server),
+            "timeout": 10,
+            "disabled_dies": [],
+            "space": [],
+            "repositories": False,
+            "now": 0.0,
+        },
+        0.0,
+    )
+    assert told["installed"]["socat"] == "1.7.4.4-2"
+    assert "haproxy" not in told["installed"]
+
+
 def test_nouveau_is_told(server: Path, judge: Judge) -> None:
     write(server / "sys/module/nouveau/refcnt", "1\n")
     assert judge(server) == ([], [])  # as far as it goes: it does not know the card

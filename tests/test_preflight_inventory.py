@@ -651,3 +651,20 @@ def test_an_image_that_comes_from_somewhere_is_no_finding(
     judge: Judge, settings: dict[str, Any]
 ) -> None:
     assert not list(judge.plugin.image_has_a_source(judge.host(**settings)))
+
+
+def test_numbers_may_come_as_text(server: Path, judge: Judge) -> None:
+    """`-e name=value` brings no others."""
+    groups = ["k80_servers", "k80_gateways"]
+    numbers = {
+        "gateway_port": "8443",
+        "gateway_queue_length": "10",
+        "preflight_memory_base_mb": "1000",
+        "vllm_instance_base_port": "9001",
+        "vllm_instance_gpu_memory_utilization": "0.5",
+        "vllm_instance_max_model_len": "512",
+        "vllm_instance_require_gpu": "true",
+    }
+    assert judge(server, groups=groups, **numbers) == judge(server, groups=groups)
+    host = judge.host(groups=groups, **numbers)
+    assert [host[name] for name in numbers] == [8443, 10, 1000, 9001, 0.5, 512, True]

@@ -35,12 +35,18 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ansible.errors import AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
+from ansible.module_utils.common.validation import (
+    check_type_bool,
+    check_type_float,
+    check_type_int,
+)
 from ansible.module_utils.errors import UnsupportedError
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
@@ -48,6 +54,9 @@ from ansible.plugins.loader import filter_loader, module_loader
 
 Check = Callable[["Host"], Iterator[str]]
 CHECKS: list[tuple[str, Check]] = []
+
+# What comes by `-e name=value` is text, also where an option is declared as one of these.
+CONVERSIONS = {"bool": check_type_bool, "float": check_type_float, "int": check_type_int}
 
 # The last branch of NVIDIA's driver that knows the K80.
 DRIVER_BRANCH = 470
@@ -101,8 +110,11 @@ class Host:
         self.all_roles = all_roles
         self._template = template
         self._variables = dict(variables)
+        self._conversions: dict[str, Callable[[Any], Any]] = {}
         for role in all_roles:
             self._variables = role.defaults | self._variables
+            types = {name: CONVERSIONS.get(o.get("type")) for name, o in role.options.items()}
+            self._conversions |= {name: convert for name, convert in types.items() if convert}
 
         self.name: str = variables["inventory_hostname"]
         self.inventory: dict[str, list[str]] = variables["groups"]
@@ -123,7 +135,11 @@ class Host:
         self.roles = [role for role in all_roles if role.name in mine]
 
     def __getitem__(self, variable: str) -> Any:
-        return self._template(self._variables[variable], self._variables)
+        value = self._template(self._variables[variable], self._variables)
+        if isinstance(value, str) and variable in self._conversions:
+            with suppress(TypeError):  # another check reports it
+                return self._conversions[variable](value)
+        return value
 
     def get(self, variable: str, type_: type) -> Any:
         """A value of that type, or an empty one: other checks report the wrong type."""
@@ -1280,6 +1296,7 @@ class ActionModule(ActionBase):
             "changed": False,
             "dies": host.dies,
             "secure_boot": bool(host.saw("system", "secure_boot")),
+            "packages": host.seen.get("installed", {}),
             "findings": [f"{host.name}: {s}" for s in told if not isinstance(s, Warn)],
             "cautions": [f"{host.name}: {s}" for s in told if isinstance(s, Warn)],
         }

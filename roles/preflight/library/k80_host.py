@@ -129,6 +129,10 @@ system:
       dies that C(nouveau) has; and the version of the module C(nvidia) that is.
   type: dict
   returned: success
+installed:
+  description: Version of each installed package, by name.
+  type: dict
+  returned: success
 packages:
   description:
     - Installed parts of an NVIDIA driver, as C(name) and C(version).
@@ -722,6 +726,7 @@ def look_at_host(given, started):
         "pci": (look_at_pci, root, disabled),
         "kernels": (look_at_kernels, root, seconds),
         "system": (look_at_system, root, disabled),
+        "installed": (lambda: dict(installed_packages(root, seconds)),),
         "packages": (look_at_packages, root, seconds),
         "docker": (look_at_docker, root, seconds),
         "toolkit_sources": (look_at_toolkit_sources, root),
