@@ -2,9 +2,10 @@
 
 Needs vLLM 0.10.1.1, torch with CUDA and `vllm_k80/kernels/vllm_k80.fatbin` (csrc/build.sh).
 
-    python tests/test_smollm2.py GGUF > CPU.json          # where there is no GPU
+    python tests/test_smollm2.py GGUF > CPU.txt           # where there is no GPU
     python benchmarks/engine_on_gpu.py shape {7b,13b} [RESULT.json]
-    python benchmarks/engine_on_gpu.py smollm2 GGUF CPU.json [RESULT.json]
+    python benchmarks/engine_on_gpu.py host {7b,13b} [RESULT.json]
+    python benchmarks/engine_on_gpu.py smollm2 GGUF CPU.txt [RESULT.json]
     python benchmarks/engine_on_gpu.py memory MODEL {k80-w4,k80-w8,k80-f16} [RESULT.json]
     python benchmarks/engine_on_gpu.py bounded MODEL SECONDS [RESULT.json]
     python tests/test_formats_engine.py DIRECTORY         # where transformers can dequantize
@@ -13,15 +14,16 @@ Needs vLLM 0.10.1.1, torch with CUDA and `vllm_k80/kernels/vllm_k80.fatbin` (csr
     torchrun --nproc-per-node 2 benchmarks/engine_on_gpu.py {shape …,formats …}     # over two GPUs
 
 `shape` runs a model of Llama 2's shape with random INT4 weights in our layout, made on the device:
-there is no checkpoint, and its tokens mean nothing. `smollm2` runs a real model, with and without
-CUDA graphs, and compares its tokens with those of the CPU. `memory` compares what torch's allocator
-has given out with what `vllm-k80 plan` says, of a model of that shape or one of tools/models.json,
-with random weights. `bounded` gives an engine a die's memory and no more, and for so long requests
-of every kind; a sequence may be as long as `vllm-k80 plan` says. `formats` runs a tiny checkpoint
-of each format, the second time from the cache of weights, and compares its tokens with those of
-its dequantized twin. `families` runs the tiny checkpoints of all proven families
-(tests/test_models.py), in FP16 and in INT4, against Hugging Face's models in FP32 on the CPU of the
-same host.
+there is no checkpoint, and its tokens mean nothing. `host` measures what a decode step of it takes
+of the host's processor, beside a loop that is always the same. `smollm2` runs a real model, with
+and without CUDA graphs, and compares its tokens with those of the CPU. `memory` compares what
+torch's allocator has given out with what `vllm-k80 plan` says, of a model of that shape or one of
+tools/models.json, with random weights. `bounded` gives an engine a die's memory and no more, and
+for so long requests of every kind; a sequence may be as long as `vllm-k80 plan` says. `formats`
+runs a tiny checkpoint of each format, the second time from the cache of weights, and compares its
+tokens with those of its dequantized twin. `families` runs the tiny checkpoints of all proven
+families (tests/test_models.py), in FP16 and in INT4, against Hugging Face's models in FP32 on the
+CPU of the same host.
 Results are added to RESULT.json. Exit status 1 if tokens or log-probabilities differ, memory by
 more than 3 %, or a bounded engine was not put to it. Times are those of this GPU, not of
 a K80.
@@ -29,6 +31,7 @@ a K80.
 
 import ctypes
 import gc
+import itertools
 import json
 import os
 import random
@@ -59,6 +62,7 @@ CONTEXT, NEW_TOKENS, GROUP = 2048, 64, 128
 VOCABULARY = 32000
 BATCHES = (1, 8, 16)
 PROFILED = 5  # steps
+HOST_STEPS = 480
 # By torchrun, each of which has an engine and drives its own GPU.
 GPUS = int(os.environ.get("WORLD_SIZE", "1"))
 TOGETHER = {
@@ -249,12 +253,11 @@ def write_config(name: str, directory: Path) -> dict[str, Any]:
     return config
 
 
-def shape(name: str) -> tuple[dict[str, Any], bool]:
-    """Times of a model of this shape, with graphs and without; whether the tokens are the same."""
+def random_model(name: str) -> tuple[Any, dict[str, Any]]:
+    """An engine with a model of this shape, warmed up, and the model's config.json."""
     wait_without_spinning()
     register_random_w4()
     from vllm import LLM
-    from vllm.config import CUDAGraphMode
 
     with tempfile.TemporaryDirectory() as directory:
         config = write_config(name, Path(directory))
@@ -272,6 +275,83 @@ def shape(name: str) -> tuple[dict[str, Any], bool]:
             seed=0,
             **TOGETHER,
         )
+    serve(llm, 1)
+    return llm, config
+
+
+def without_graphs(llm: Any) -> None:
+    """Let an engine find none of its graphs."""
+    from vllm.config import CUDAGraphMode
+
+    runner = model_runner(llm)
+    runner.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    runner.cudagraph_dispatcher.cudagraph_keys[CUDAGraphMode.FULL].clear()
+
+
+def host(name: str) -> tuple[dict[str, Any], bool]:
+    """Processor time of a decode step of one sequence; whether graphs give eager's tokens.
+
+    Beside each step a loop is timed that is always the same. Where it takes longer than the
+    fastest, others slow this processor down, by half and more on a host that is shared: steps
+    between two loops that do not are told apart.
+    """
+    from vllm import SamplingParams
+
+    llm, config = random_model(name)
+    engine = llm.llm_engine
+    result: dict[str, Any] = {"layers": config["num_hidden_layers"], "steps": HOST_STEPS}
+    tokens = {}
+    for mode in ("graphs", "eager"):
+        if mode == "eager":
+            without_graphs(llm)
+        sampling = SamplingParams(
+            temperature=0, max_tokens=HOST_STEPS + 8, ignore_eos=True, detokenize=False
+        )
+        engine.add_request("0", {"prompt_token_ids": [3 + i for i in range(1000)]}, sampling)
+        for _ in range(4):
+            engine.step()
+        steps, loops = [], [fixed_loop()]
+        for _ in range(HOST_STEPS):
+            start = time.thread_time()
+            engine.step()
+            steps.append((time.thread_time() - start) * 1e3)
+            loops.append(fixed_loop())
+        while engine.has_unfinished_requests():
+            [output] = engine.step()
+        tokens[mode] = list(output.outputs[0].token_ids)
+        undisturbed = [
+            step
+            for step, around in zip(steps, itertools.pairwise(loops), strict=True)
+            if max(around) < 1.15 * min(loops)
+        ]
+        result[mode] = {
+            "all_ms": spread(steps),
+            "undisturbed": len(undisturbed),
+            "undisturbed_ms": spread(undisturbed),
+            "loop_ms": spread(loops),
+        }
+    result["same_tokens"] = tokens["graphs"] == tokens["eager"]
+    return result, result["same_tokens"]
+
+
+def fixed_loop() -> float:
+    """Processor time, in milliseconds, of a loop that does nothing, so many times."""
+    start = time.thread_time()
+    for _ in range(20_000):
+        pass
+    return (time.thread_time() - start) * 1e3
+
+
+def spread(values: list[float]) -> list[float]:
+    """The least, the middle, nine tenths, the most."""
+    ordered = sorted(values)
+    places = (0, len(ordered) // 2, len(ordered) * 9 // 10, len(ordered) - 1)
+    return [round(ordered[place], 3) for place in places] if ordered else []
+
+
+def shape(name: str) -> tuple[dict[str, Any], bool]:
+    """Times of a model of this shape, with graphs and without; whether the tokens are the same."""
+    llm, config = random_model(name)
     runner = model_runner(llm)
     result: dict[str, Any] = {
         "layers": config["num_hidden_layers"],
@@ -281,11 +361,9 @@ def shape(name: str) -> tuple[dict[str, Any], bool]:
         "cudagraph_mode": str(runner.compilation_config.cudagraph_mode),
     }
     tokens = {}
-    serve(llm, 1)  # warms up
     for mode in ("graphs", "eager"):
-        if mode == "eager":  # the same engine, which then finds no graph
-            runner.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-            runner.cudagraph_dispatcher.cudagraph_keys[CUDAGraphMode.FULL].clear()
+        if mode == "eager":
+            without_graphs(llm)
         served = [serve(llm, batch) for batch in BATCHES]
         result[mode] = [times for times, _ in served]
         tokens[mode] = [generated for _, generated in served]
@@ -620,7 +698,9 @@ def smollm2_engine(gguf: Path, eager: bool) -> dict[str, Any]:
 
 def smollm2(gguf: str, cpu: str) -> tuple[dict[str, Any], bool]:
     """Whether tokens are those of the CPU, and graphs compute what eager execution does."""
-    wanted = json.loads(Path(cpu).read_text().splitlines()[-1])
+    from engines import results_in
+
+    [wanted] = results_in(Path(cpu).read_text())
     runs = {}
     for mode in ("eager", "graphs"):
         command = [sys.executable, __file__, "smollm2-engine", gguf, mode]
@@ -654,6 +734,8 @@ def main() -> int:
     match sys.argv[1:]:
         case ["shape", ("7b" | "13b") as name, *file]:
             part, (result, good) = f"llama2_{name}_shape_random_int4{apart}", shape(name)
+        case ["host", ("7b" | "13b") as name, *file]:
+            part, (result, good) = f"llama2_{name}_shape_host", host(name)
         case ["formats", directory, *file]:
             part, (result, good) = f"formats{apart}", formats(Path(directory))
         case ["families", *file]:

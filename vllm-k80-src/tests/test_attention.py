@@ -248,6 +248,49 @@ def test_a_step_rotates_with_its_own_positions(monkeypatch: pytest.MonkeyPatch) 
             assert launches[-1] == ((2, 1), 256, *addresses, *sizes)
 
 
+def test_a_decode_step_launches_the_same_for_layers_that_are_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And nothing for one that is not: it is left to the operators."""
+    launches: list[Any] = []
+    monkeypatch.setattr(driver, "available", lambda: True)
+    monkeypatch.setattr(driver, "kernel", lambda name, signature, device: Kernel(launches))
+    positions, slots = torch.tensor([3, 4]), torch.tensor([5, 6])
+    lengths, table = torch.ones(2, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int32)
+    cos_sin, options = torch.ones(16, 64), (99, 0.5, 0, 0.0, None)
+
+    def layer() -> tuple[Any, Any]:
+        return torch.ones(2, 512).split([256, 128, 128], -1), torch.zeros(2, 3, 4, 2, 64)
+
+    def operators(rows: Any, cache: Any) -> tuple[Any, Any]:
+        out = torch.empty(2, 4, 64)
+        rotated = rows[0].view(2, 4, 64), rows[1].view(2, 2, 64), rows[2].view(2, 2, 64)
+        attention_kernels.rotary_and_cache(positions, *rotated, cos_sin, True, cache, slots)
+        attention_kernels.paged_attention(rotated[0], cache, out, lengths, table, *options)
+        shared = positions, cos_sin, True, cache, slots, out, lengths, table
+        return attention_kernels.decode_step(rows, rotated, *shared, *options), launches[-2:]
+
+    step, _ = operators(*layer())
+    rows, cache = layer()
+    _, expected = operators(rows, cache)
+    again = step(*rows, positions, cache)
+    assert launches[-2] == expected[0]
+    # The results are elsewhere, and so is the buffer of the splits.
+    assert launches[-1][:4] == expected[1][:4]
+    assert launches[-1][4] == again.data_ptr()
+    assert launches[-1][6:] == expected[1][6:]
+    assert again.shape == (2, 256)
+
+    count = len(launches)
+    assert step(*rows, positions.clone(), cache) is None
+    assert step(rows[0].contiguous(), *rows[1:], positions, cache) is None
+    assert step(rows[0][:1], rows[1][:1], rows[2][:1], positions, cache) is None
+    assert step(rows[0].half(), *rows[1:], positions, cache) is None
+    odd = torch.ones(2 * 512 + 1)[1:].view(2, 512).split([256, 128, 128], -1)
+    assert step(*odd, positions, cache) is None
+    assert len(launches) == count
+
+
 def test_a_block_of_decode_is_one_of_about_as_many_as_fill_a_die() -> None:
     assert attention_kernels.splits(8, 2048) == 8
     assert attention_kernels.splits(64, 2048) == 1

@@ -1,6 +1,7 @@
 """SmolLM2's greedy tokens are Hugging Face's, on the same weights dequantized to FP32."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,7 @@ def test_twenty_of_twenty(hugging_face: Any, generated: dict[str, list[list[int]
 
 def test_a_broken_mask_is_noticed(hugging_face: Any, generated: dict[str, list[list[int]]]) -> None:
     assert not any(agreements(hugging_face, generated["prompts"], generated["broken"]))
+
+
+if __name__ == "__main__":
+    engine(Path(sys.argv[1]))

@@ -4,7 +4,8 @@ It answers to vLLM's backend name XFORMERS, the one that vLLM's own code took fo
 before FlashAttention.
 """
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from vllm.v1.attention.backends.utils import (
     CommonAttentionMetadata,
 )
 
-from vllm_k80.ops import k80
+from vllm_k80.ops import CALLS, attention_kernels, k80
 from vllm_k80.ops.attention_reference import MAX_HEAD_SIZE
 
 # Multiples of 8 keep an FP16 row aligned for 16-byte loads.
@@ -39,6 +40,8 @@ class K80AttentionMetadata:
     max_query_len: int
     max_seq_len: int
     is_decode: bool  # one query for each sequence
+    # What layers of this step have found, by the kind of layer.
+    found: dict[int, attention_kernels.DecodeStep] = field(default_factory=dict)
 
 
 class K80MetadataBuilder(AttentionMetadataBuilder[K80AttentionMetadata]):
@@ -92,6 +95,10 @@ class Rotation:
         return query, key
 
 
+# Numbers for layers that differ in nothing but their tensors.
+_KINDS: dict[tuple[Any, ...], int] = {}
+
+
 class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
     """Attention of one layer."""
 
@@ -129,6 +136,19 @@ class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
         )
         self.shares_cache = kv_sharing_target_layer_name is not None
         self.rotation: Rotation | None = None
+        self._kind_with: tuple[Any, int] = (lambda: None, 0)
+
+    def _kind(self, kv_cache: Tensor) -> int:
+        """The layer's number in `_KINDS`, with this cache."""
+        known, kind = self._kind_with
+        if known() is not kv_cache:
+            layouts = kv_cache.shape, kv_cache.stride(), kv_cache.dtype
+            rotary = None if self.rotation is None else id(self.rotation.layer)
+            options = self.scale, self.window, self.soft_cap
+            of = (self.query_shape, self.key_shape, *options, rotary, *layouts)
+            kind = _KINDS.setdefault(of, len(_KINDS))
+            self._kind_with = weakref.ref(kv_cache), kind
+        return kind
 
     def forward(
         self,
@@ -155,17 +175,28 @@ class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
         """
         if attn_metadata is None:
             return torch.zeros_like(query)
+        rotation = self.rotation
+        kind = None
+        if attn_metadata.is_decode and rotation is not None and self.alibi_slopes is None:
+            kind = self._kind(kv_cache)
+            if found := attn_metadata.found.get(kind):
+                context = found(query, key, value, rotation.positions, kv_cache)
+                if context is not None:
+                    CALLS["rotary_and_cache"] += 1
+                    CALLS["paged_attention"] += 1
+                    return context
+        rows = query, key, value
         context = query.new_empty(query.shape)
         output, query = context.view(self.query_shape), query.view(self.query_shape)
         key, value = key.view(self.key_shape), value.view(self.key_shape)
-        if self.rotation is not None:
+        if rotation is not None:
             k80.rotary_and_cache(
-                self.rotation.positions,
+                rotation.positions,
                 query,
                 key,
                 value,
-                self.rotation.layer.cos_sin_cache,
-                self.rotation.layer.is_neox_style,
+                rotation.layer.cos_sin_cache,
+                rotation.layer.is_neox_style,
                 kv_cache,
                 attn_metadata.slot_mapping,
             )
@@ -186,6 +217,23 @@ class K80AttentionImpl(AttentionImpl[K80AttentionMetadata]):
                 attn_metadata.max_seq_len,
                 *options,
             )
+            if kind is not None and rotation is not None and len(query) == len(rows[0]):
+                found = attention_kernels.decode_step(
+                    rows,
+                    (query, key, value),
+                    rotation.positions,
+                    rotation.layer.cos_sin_cache,
+                    rotation.layer.is_neox_style,
+                    kv_cache,
+                    attn_metadata.slot_mapping,
+                    output,
+                    attn_metadata.seq_lens,
+                    attn_metadata.block_table,
+                    attn_metadata.max_seq_len,
+                    *options,
+                )
+                if found:
+                    attn_metadata.found[kind] = found
         else:
             k80.varlen_attention(
                 query,

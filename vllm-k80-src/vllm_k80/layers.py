@@ -31,10 +31,15 @@ from vllm_k80.ops import k80
 class K80RMSNorm(RMSNorm):
     """RMS normalization, with the residual added where there is one."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is over all columns, with a weight: what our operators compute."""
+        return self.variance_size_override is None and bool(self.has_weight)
+
     def forward_oot(
         self, x: Tensor, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        if self.variance_size_override is not None or not self.has_weight:
+        if not self.is_plain:
             return self.forward_native(x, residual)
         if residual is None:
             return k80.rms_norm(x, self.weight, self.variance_epsilon)

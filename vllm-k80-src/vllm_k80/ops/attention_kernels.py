@@ -64,6 +64,20 @@ def _aligned(addresses: tuple[int, ...]) -> bool:
     return not any(address % 16 for address in addresses)
 
 
+def _cache_layouts(
+    query: Tensor, key: Tensor, value: Tensor, is_neox: bool, kv_cache: Tensor
+) -> tuple[Any, ...]:
+    """What layers have in common for which a step's launch of `rotary_and_cache` is the same."""
+    return _layout(query), _layout(key), _layout(value), _layout(kv_cache), is_neox
+
+
+def _decode_layouts(
+    query: Tensor, kv_cache: Tensor, out: Tensor, *options: float | Tensor | None
+) -> tuple[Any, ...]:
+    """The same of `paged_attention`."""
+    return _layout(query), _layout(kv_cache), _layout(out), *options
+
+
 @functools.cache
 def _size(head_size: int) -> int:
     """What a kernel for this head size is laid out for."""
@@ -133,7 +147,7 @@ def rotary_and_cache(
         reference.rotary_and_cache(*tensors, is_neox, kv_cache, slot_mapping)
         return
     addresses = query.data_ptr(), key.data_ptr(), value.data_ptr(), kv_cache.data_ptr()
-    layer = _layout(query), _layout(key), _layout(value), _layout(kv_cache), is_neox
+    layer = _cache_layouts(query, key, value, is_neox, kv_cache)
     step = _CACHE.of((positions, slot_mapping, cos_sin_cache))
     launch = step.get(layer)
     if launch is None or not _aligned(addresses):
@@ -161,9 +175,15 @@ def rotary_and_cache(
         shared = positions.data_ptr(), cos_sin_cache.data_ptr(), slot_mapping.data_ptr()
         launch = kernel, grid, shared, (heads, *cache)
         step[layer] = launch
+    _launch_cache(launch, *addresses)
+
+
+def _launch_cache(launch: Any, query: int, key: int, value: int, kv_cache: int) -> None:
+    """What was found of a step for `rotary_and_cache`, at a layer's addresses."""
     kernel, grid, (place, rotations, slots), sizes = launch
-    *rows, cached_rows = addresses
-    kernel.launch(grid, _CACHE_THREADS, place, *rows, rotations, cached_rows, slots, *sizes)
+    kernel.launch(
+        grid, _CACHE_THREADS, place, query, key, value, rotations, kv_cache, slots, *sizes
+    )
 
 
 def _batch(
@@ -227,7 +247,7 @@ def paged_attention(
         )
         return
     addresses = query.data_ptr(), kv_cache.data_ptr(), out.data_ptr()
-    layer = (_layout(query), _layout(kv_cache), _layout(out), max_seq_len, scale, *options)
+    layer = _decode_layouts(query, kv_cache, out, max_seq_len, scale, *options)
     step = _DECODE.of((seq_lens, block_table))
     launch = step.get(layer)
     if launch is None or not _aligned(addresses):
@@ -251,12 +271,100 @@ def paged_attention(
         partial_shape = (sequences, heads, parts, head_size + 4) if parts > 1 else None
         launch = kernel, (tiles, parts, sequences), partial_shape, (*sizes, parts)
         step[layer] = launch
+    _launch_decode(launch, query, *addresses)
+
+
+def _launch_decode(launch: Any, like: Tensor, query: int, kv_cache: int, out: int) -> None:
+    """What was found of a step for `paged_attention`, at a layer's addresses.
+
+    Args:
+        like: a tensor on the device.
+    """
     kernel, grid, partial_shape, sizes = launch
     partial = None
     if partial_shape is not None:
-        partial = query.new_empty(partial_shape, dtype=torch.float32)
+        partial = like.new_empty(partial_shape, dtype=torch.float32)
     splits_at = None if partial is None else partial.data_ptr()
-    kernel.launch(grid, _DECODE_THREADS, *addresses, splits_at, *sizes)
+    kernel.launch(grid, _DECODE_THREADS, query, kv_cache, out, splits_at, *sizes)
+
+
+class DecodeStep:
+    """`rotary_and_cache`, then `paged_attention`, for further layers of a step that are alike.
+
+    What they found and checked of the last layer holds for the next one whose tensors have the same
+    layouts: so no view is made of these, and only their addresses are asked for. Views and layouts
+    took longer than the two launches.
+
+    Args:
+        rows: query [tokens, heads * head_size], key and value [tokens, kv_heads * head_size], as
+            the layer has them.
+        positions: what the query and the key were rotated by.
+        cache, decode: what the two have found.
+    """
+
+    def __init__(
+        self,
+        rows: tuple[Tensor, Tensor, Tensor],
+        positions: Tensor | None,
+        cache: Any,
+        decode: Any,
+    ) -> None:
+        self._rows = self._layouts(*rows)
+        self._positions = positions
+        self._cache, self._decode = cache, decode
+
+    @staticmethod
+    def _layouts(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
+        strides = query.stride(), key.stride(), value.stride()
+        dtypes = query.dtype, key.dtype, value.dtype
+        return (query.shape, key.shape, *strides, *dtypes, query.get_device())
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None, kv_cache: Tensor
+    ) -> Tensor | None:
+        """[tokens, heads * head_size]; None where a layer is not alike.
+
+        Args: as above, of the layer; its cache has the layout of the last layer's.
+        """
+        rows = query.data_ptr(), key.data_ptr(), value.data_ptr()
+        at = kv_cache.data_ptr()
+        if (
+            positions is not self._positions
+            or (rows[0] | rows[1] | rows[2] | at) % 16
+            or self._layouts(query, key, value) != self._rows
+        ):
+            return None
+        out = query.new_empty(query.shape)
+        _launch_cache(self._cache, *rows, at)
+        _launch_decode(self._decode, query, rows[0], at, out.data_ptr())
+        return out
+
+
+def decode_step(
+    rows: tuple[Tensor, Tensor, Tensor],
+    rotated: tuple[Tensor, Tensor, Tensor],
+    positions: Tensor | None,
+    cos_sin_cache: Tensor,
+    is_neox: bool,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    out: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    *options: float | Tensor | None,
+) -> DecodeStep | None:
+    """What the two operators have just found of a layer; None where they keep nothing.
+
+    Args:
+        rows: see `DecodeStep`. rotated: the views of them that the operators got, like all others.
+        options: those of `paged_attention` from ``max_seq_len`` on.
+    """
+    shared = positions, slot_mapping, cos_sin_cache
+    cache = _CACHE.of(shared).get(_cache_layouts(*rotated, is_neox, kv_cache))
+    decode = _DECODE.of((seq_lens, block_table)).get(
+        _decode_layouts(rotated[0], kv_cache, out, *options)
+    )
+    return DecodeStep(rows, positions, cache, decode) if cache and decode else None
 
 
 def varlen_attention(
