@@ -36,8 +36,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from vllm_k80.attention import K80AttentionImpl, Rotation
-from vllm_k80.layers import K80RMSNorm, K80SiluAndMul, Rotary
-from vllm_k80.ops import k80
+from vllm_k80.layers import K80RMSNorm, K80SiluAndMul, Rotary, normalized
 
 
 def fuse(model: torch.nn.Module) -> None:
@@ -53,7 +52,7 @@ def fuse(model: torch.nn.Module) -> None:
             _replace(module, "rotary_emb", rotation.remember)
     for module in model.modules():
         if type(module) is K80RMSNorm and module.is_plain:
-            module.forward = functools.partial(_normalized, module.weight, module.variance_epsilon)
+            module.forward = functools.partial(normalized, module.weight, module.variance_epsilon)
         if _is_plain(module):
             product = module.packed_weights[0].product(module.bias, getattr(module, "gated", False))
             module.forward = _forward(product)
@@ -76,15 +75,6 @@ def _is_plain(layer: torch.nn.Module) -> bool:
 def _forward(product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, None]]:
     """A linear layer's forward: the result, and no bias that is left to be added."""
     return lambda x: (product(x), None)
-
-
-def _normalized(
-    weight: Tensor, eps: float, x: Tensor, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
-    """RMS normalization's forward."""
-    if residual is None:
-        return k80.rms_norm(x, weight, eps)
-    return k80.fused_add_rms_norm(x, residual, weight, eps)
 
 
 def _replace(module: torch.nn.Module, name: str, function: Callable[..., Any]) -> None:

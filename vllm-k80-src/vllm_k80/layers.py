@@ -27,6 +27,15 @@ from vllm.model_executor.layers.rotary_embedding import (
 from vllm_k80.ops import k80
 
 
+def normalized(
+    weight: Tensor, eps: float, x: Tensor, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMS normalization, or with a residual that of the sum, and the sum; see the operators."""
+    if residual is None:
+        return k80.rms_norm(x, weight, eps)
+    return k80.fused_add_rms_norm(x, residual, weight, eps)
+
+
 @CustomOp.register_oot(name="RMSNorm")
 class K80RMSNorm(RMSNorm):
     """RMS normalization, with the residual added where there is one."""
@@ -41,9 +50,7 @@ class K80RMSNorm(RMSNorm):
     ) -> Tensor | tuple[Tensor, Tensor]:
         if not self.is_plain:
             return self.forward_native(x, residual)
-        if residual is None:
-            return k80.rms_norm(x, self.weight, self.variance_epsilon)
-        return k80.fused_add_rms_norm(x, residual, self.weight, self.variance_epsilon)
+        return normalized(self.weight, self.variance_epsilon, x, residual)
 
 
 @CustomOp.register_oot(name="SiluAndMul")
